@@ -1,0 +1,17 @@
+"""Non-autoregressive translation with discrete latent variables for fairseq.
+
+Importing the package (fairseq does so through ``--user-dir``) applies the compatibility fixes and
+registers models, criterion, task and learning-rate scheduler.
+"""
+
+from fairseq_vqem import compat
+
+compat.apply()
+
+from fairseq_vqem import criterions, models, schedulers, tasks  # noqa: E402
+from fairseq_vqem.errors import UserError  # noqa: E402
+from fairseq_vqem.generation.api import Translator  # noqa: E402
+
+__version__ = "0.1.0"
+
+__all__ = ["Translator", "UserError", "criterions", "models", "schedulers", "tasks"]

@@ -1,0 +1,1 @@
+"""Scores, latency, and result files that say how each number was made."""

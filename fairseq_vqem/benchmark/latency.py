@@ -1,0 +1,250 @@
+"""``fairseq-vqem latency``: wall time of one sentence at a time, for several systems in one run.
+
+The clock runs from source ids on the device to output ids (`Translator.translate_batch`); subword
+encoding and decoding are outside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fairseq_vqem.benchmark.signature import make_signature
+from fairseq_vqem.benchmark.tables import ResultRow, ResultTable, render_table, write_table
+from fairseq_vqem.benchmark.timing import (
+    Seconds,
+    measure,
+    medians_by_length,
+    speedup,
+    summarise,
+)
+from fairseq_vqem.corpora.files import read_lines
+from fairseq_vqem.errors import UserError
+
+if TYPE_CHECKING:
+    from fairseq_vqem.generation.api import Translator
+
+COLUMNS = (
+    "system",
+    "latency_median_ms",
+    "latency_p90_ms",
+    "latency_mean_ms",
+    "latency_iqr_ms",
+    "speedup",
+    "parameters",
+)
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add ``fairseq-vqem latency``."""
+    parser = subparsers.add_parser("latency", help="time systems side by side at batch size 1")
+    parser.add_argument("--data", type=Path, required=True, help="binarised data of all systems")
+    parser.add_argument(
+        "--system",
+        action="append",
+        required=True,
+        metavar="NAME=CKPT[:TEACHER]",
+        help="a system to time; may be repeated",
+    )
+    parser.add_argument(
+        "--system-options",
+        action="append",
+        default=[],
+        metavar="NAME=JSON",
+        help="""its generation and task options, e.g. 'student={"beam": 4, "latent_beam": 2}'""",
+    )
+    parser.add_argument("--baseline", required=True, metavar="NAME", help="speed-ups refer to it")
+    parser.add_argument("--source", type=Path, help="raw sentences (default: the test split)")
+    parser.add_argument("--sentences", type=int, default=200, help="how many, evenly spaced")
+    parser.add_argument("--repeats", type=int, default=3, help="times each sentence is translated")
+    parser.add_argument("--burn-in", type=int, default=10, help="untimed sentences per system")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    parser.add_argument("--dtype", default="float32", help="float32, float16 or bfloat16")
+    parser.add_argument("--seed", type=int, default=1, help="seed of sampling and bootstrap")
+    parser.add_argument("--name", default="latency", help="name of the table")
+    parser.add_argument("--output", type=Path, help="result file (JSON)")
+    parser.set_defaults(run=_run)
+
+
+def parse_systems(systems: Sequence[str], options: Sequence[str]) -> dict[str, tuple[str, dict]]:
+    """Return name to (checkpoint paths, options).
+
+    Raises:
+        UserError: an argument is not NAME=..., a name is repeated or unknown, or JSON is malformed.
+    """
+    checkpoints = _pairs(systems, "--system")
+    parsed: dict[str, dict[str, Any]] = {}
+    for name, text in _pairs(options, "--system-options").items():
+        if name not in checkpoints:
+            raise UserError(f"--system-options names {name!r}, but there is no such --system.")
+        try:
+            parsed[name] = json.loads(text)
+        except ValueError as error:
+            raise UserError(
+                f"The options of {name!r} are not JSON ({error}); quote them."
+            ) from error
+        if not isinstance(parsed[name], dict):
+            raise UserError(f"The options of {name!r} must be a JSON object in braces.")
+    return {name: (paths, parsed.get(name, {})) for name, paths in checkpoints.items()}
+
+
+def choose_evenly(sentences: Sequence[str], count: int) -> list[str]:
+    """Return `count` of the non-empty sentences, evenly spaced, or all if there are fewer."""
+    occupied = [sentence for sentence in sentences if sentence.strip()]
+    count = min(count, len(occupied))
+    return [occupied[index * len(occupied) // count] for index in range(count)]
+
+
+def result_rows(
+    seconds: Mapping[str, Seconds],
+    baseline: str,
+    parameters: Mapping[str, int],
+    *,
+    seed: int,
+) -> list[ResultRow]:
+    """Summarise timings of shape [repeats, sentences] per system."""
+    rows = []
+    for name, timing in seconds.items():
+        summary = summarise(timing, seed=seed)
+        gain = speedup(seconds[baseline], timing, seed=seed)
+        rows.append(
+            ResultRow(
+                system=name,
+                latency_median_ms=summary.median_ms,
+                latency_ci_ms=summary.median_ci_ms,
+                latency_p90_ms=summary.p90_ms,
+                latency_mean_ms=summary.mean_ms,
+                latency_iqr_ms=summary.iqr_ms,
+                speedup=gain.ratio,
+                speedup_ci=gain.ci,
+                baseline=baseline,
+                parameters=parameters[name],
+            )
+        )
+    return rows
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    import torch
+
+    systems = parse_systems(arguments.system, arguments.system_options)
+    _check_arguments(arguments, systems)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    torch.manual_seed(arguments.seed)
+    translators = {
+        name: _load(paths, options, arguments) for name, (paths, options) in systems.items()
+    }
+    sentences = choose_evenly(_sentences(arguments), arguments.sentences)
+    if not sentences:
+        raise UserError("There is no sentence to translate; give a --source with text.")
+    samples = {name: [t.encode([s]) for s in sentences] for name, t in translators.items()}
+    seconds = measure(
+        {name: _sentence_translator(t, samples[name]) for name, t in translators.items()},
+        len(sentences),
+        repeats=arguments.repeats,
+        burn_in=arguments.burn_in,
+        synchronise=torch.cuda.synchronize if arguments.device.startswith("cuda") else _nothing,
+    )
+    parameters = {name: translator.parameters for name, translator in translators.items()}
+    lengths = [int(sample["net_input"]["src_lengths"][0]) for sample in samples[arguments.baseline]]
+    _report(arguments, systems, seconds, parameters, lengths)
+    return 0
+
+
+def _report(
+    arguments: argparse.Namespace,
+    systems: Mapping[str, tuple[str, dict]],
+    seconds: Mapping[str, Seconds],
+    parameters: Mapping[str, int],
+    lengths: Sequence[int],
+) -> None:
+    rows = result_rows(seconds, arguments.baseline, parameters, seed=arguments.seed)
+    table = ResultTable(arguments.name, rows, COLUMNS)
+    signature = make_signature(
+        data=arguments.data, seed=arguments.seed, device=arguments.device, dtype=arguments.dtype
+    )
+    groups = medians_by_length(seconds, lengths)
+    print(render_table(table, asdict(signature)))
+    print(f"\nMedian milliseconds by source length\n\n{_length_table(groups, list(seconds))}")
+    if arguments.output:
+        write_table(
+            arguments.output,
+            table,
+            signature,
+            by_source_length=groups,
+            options={name: options for name, (_, options) in systems.items()},
+            sentences=len(lengths),
+            repeats=arguments.repeats,
+            burn_in=arguments.burn_in,
+        )
+
+
+def _length_table(groups: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
+    lines = [
+        "| Source tokens | Sentences | " + " | ".join(names) + " |",
+        "| --- |" + " ---: |" * (len(names) + 1),
+    ]
+    for group in groups:
+        span = f"{group['min_tokens']}–{group['max_tokens']}"
+        medians = [f"{group['median_ms'][name]:.2f}" for name in names]
+        lines.append(f"| {span} | {group['sentences']} | " + " | ".join(medians) + " |")
+    return "\n".join(lines)
+
+
+def _pairs(arguments: Sequence[str], option: str) -> dict[str, str]:
+    pairs: dict[str, str] = {}
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if not (name and equals and value):
+            raise UserError(f"{option} wants NAME=VALUE, not {argument!r}.")
+        if name in pairs:
+            raise UserError(f"{option} names {name!r} twice; give each system its own name.")
+        pairs[name] = value
+    return pairs
+
+
+def _check_arguments(arguments: argparse.Namespace, systems: Mapping[str, object]) -> None:
+    if arguments.baseline not in systems:
+        raise UserError(
+            f"The baseline {arguments.baseline!r} is none of the systems {', '.join(systems)}."
+        )
+    if arguments.sentences < 1 or arguments.repeats < 1 or arguments.burn_in < 0:
+        raise UserError("--sentences and --repeats must be at least 1, --burn-in at least 0.")
+
+
+def _load(paths: str, options: dict[str, Any], arguments: argparse.Namespace) -> Translator:
+    from fairseq_vqem.generation.api import Translator, split_options
+
+    generation, task_options = split_options(options)
+    return Translator.from_checkpoint(
+        paths,
+        arguments.data,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        task_overrides=task_options,
+        **generation,
+    )
+
+
+def _sentences(arguments: argparse.Namespace) -> list[str]:
+    if arguments.source:
+        return list(read_lines(arguments.source))
+    from fairseq_vqem.benchmark.splits import read_split
+
+    return read_split(arguments.data, "test")[0]
+
+
+def _sentence_translator(
+    translator: Translator, samples: Sequence[dict[str, Any]]
+) -> Callable[[int], object]:
+    return lambda index: translator.translate_batch(samples[index])
+
+
+def _nothing() -> None:
+    """There is no device to wait for."""

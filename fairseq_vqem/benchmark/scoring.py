@@ -1,0 +1,233 @@
+"""sacreBLEU scores with signatures and intervals, and the reader of fairseq-generate's output."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sacrebleu.metrics import BLEU, CHRF
+from sacrebleu.significance import PairedTest
+
+from fairseq_vqem.benchmark.signature import make_signature, write_result
+from fairseq_vqem.corpora.files import read_lines
+from fairseq_vqem.errors import UserError
+
+SEED = 12345
+BOOTSTRAP_SAMPLES = 1000
+SEED_VARIABLE = "SACREBLEU_SEED"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Corpus scores in percent; `*_ci` is half the width of the 95 % bootstrap interval."""
+
+    bleu: float
+    bleu_ci: float | None
+    chrf: float
+    chrf_ci: float | None
+    sentences: int
+    signatures: dict[str, str]
+    """Metric name to sacreBLEU signature."""
+
+
+@dataclass(frozen=True)
+class PairedScore:
+    """One system of a paired test; the p-values are None for the baseline."""
+
+    system: str
+    bleu: float
+    bleu_ci: float
+    bleu_p: float | None
+    chrf: float
+    chrf_ci: float
+    chrf_p: float | None
+
+
+@dataclass
+class GenerateOutput:
+    """Sentences of a fairseq-generate run, in the order of the data; references may be absent."""
+
+    sources: list[str] = field(default_factory=list)
+    references: list[str] = field(default_factory=list)
+    hypotheses: list[str] = field(default_factory=list)
+
+
+def score(
+    hypotheses: Sequence[str],
+    references: Sequence[str],
+    *,
+    bootstrap: int = BOOTSTRAP_SAMPLES,
+    seed: int = SEED,
+) -> Scores:
+    """Score detokenised text with BLEU (13a) and chrF.
+
+    Args:
+        bootstrap: resamples for the intervals; 0 leaves them out.
+
+    Raises:
+        UserError: nothing to score, or the two sides differ in number.
+    """
+    _check_counts(hypotheses, references)
+    bleu, chrf = BLEU(), CHRF()
+    with _sacrebleu_seed(seed):
+        bleu_score = bleu.corpus_score(hypotheses, [references], n_bootstrap=max(1, bootstrap))
+        chrf_score = chrf.corpus_score(hypotheses, [references], n_bootstrap=max(1, bootstrap))
+    return Scores(
+        bleu=bleu_score.score,
+        bleu_ci=bleu_score._ci if bootstrap > 1 else None,
+        chrf=chrf_score.score,
+        chrf_ci=chrf_score._ci if bootstrap > 1 else None,
+        sentences=len(hypotheses),
+        signatures={"BLEU": str(bleu.get_signature()), "chrF": str(chrf.get_signature())},
+    )
+
+
+def paired_bootstrap(
+    systems: Mapping[str, Sequence[str]],
+    references: Sequence[str],
+    *,
+    samples: int = BOOTSTRAP_SAMPLES,
+    seed: int = SEED,
+) -> list[PairedScore]:
+    """Compare every system with the first one, the baseline, on the same resampled sentences.
+
+    Raises:
+        UserError: fewer than two systems, or one whose number of sentences is not that of the
+            references.
+    """
+    if len(systems) < 2:
+        raise UserError("A paired test needs a baseline and at least one other system.")
+    for hypotheses in systems.values():
+        _check_counts(hypotheses, references)
+    metrics = {"BLEU": BLEU(references=[references]), "chrF": CHRF(references=[references])}
+    with _sacrebleu_seed(seed):
+        test = PairedTest(list(systems.items()), metrics, None, test_type="bs", n_samples=samples)
+        results: dict[str, list[Any]] = test()[1]
+    bleu_name, chrf_name = (name for name in results if name != "System")
+    return [
+        PairedScore(name, bleu.score, bleu.ci, bleu.p_value, chrf.score, chrf.ci, chrf.p_value)
+        for name, bleu, chrf in zip(systems, results[bleu_name], results[chrf_name], strict=True)
+    ]
+
+
+def read_generate_output(
+    path: Path,
+    sentences: int | None = None,
+    decode: Callable[[str], str] | None = None,
+) -> GenerateOutput:
+    """Read what ``fairseq-generate`` printed, sorted by sentence number.
+
+    Args:
+        sentences: how many there must be; without it, sentences dropped from the end pass unseen.
+        decode: turns subword pieces into text (for S-, T- and H- lines). Without it the text must
+            be detokenised already, as fairseq's ``--bpe`` or ``--post-process`` leave it, and
+            hypotheses are taken from the D- lines.
+
+    Raises:
+        UserError: a sentence is missing or occurs twice.
+    """
+    kinds = {"S": 1, "T": 1, "H": 2} if decode else {"S": 1, "T": 1, "D": 2}
+    found: dict[str, dict[int, str]] = {kind: {} for kind in kinds}
+    for line in read_lines(path):
+        tag, _, rest = line.partition("\t")
+        kind, _, number = tag.partition("-")
+        if kind not in kinds or not number.isdecimal():
+            continue
+        if int(number) in found[kind]:
+            raise UserError(
+                f"{path} has sentence {number} twice ({kind}- lines); generate anew with --nbest 1."
+            )
+        text = rest.split("\t", 1)[-1] if kinds[kind] == 2 else rest
+        found[kind][int(number)] = decode(text) if decode else text
+    hypotheses = found["H" if decode else "D"]
+    count = len(hypotheses) if sentences is None else sentences
+    if not hypotheses:
+        raise UserError(f"{path} holds no hypothesis; give the output of fairseq-generate.")
+    return GenerateOutput(
+        sources=_in_order(found["S"], count, path) if found["S"] else [],
+        references=_in_order(found["T"], count, path) if found["T"] else [],
+        hypotheses=_in_order(hypotheses, count, path),
+    )
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add ``fairseq-vqem score``."""
+    parser = subparsers.add_parser("score", help="sacreBLEU and chrF of detokenised text")
+    parser.add_argument("--hypotheses", type=Path, required=True, help="one sentence a line")
+    parser.add_argument("--references", type=Path, required=True, help="one sentence a line")
+    parser.add_argument("--baseline", type=Path, help="other hypotheses, for a paired bootstrap")
+    parser.add_argument("--bootstrap", type=int, default=BOOTSTRAP_SAMPLES, help="resamples")
+    parser.add_argument("--seed", type=int, default=SEED, help="seed of the bootstrap")
+    parser.add_argument("--output", type=Path, help="also write a result file (JSON)")
+    parser.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    hypotheses = list(read_lines(arguments.hypotheses))
+    references = list(read_lines(arguments.references))
+    scores = score(hypotheses, references, bootstrap=arguments.bootstrap, seed=arguments.seed)
+    payload = asdict(scores)
+    print(f"BLEU {_with_interval(scores.bleu, scores.bleu_ci)}  {scores.signatures['BLEU']}")
+    print(f"chrF {_with_interval(scores.chrf, scores.chrf_ci)}  {scores.signatures['chrF']}")
+    if arguments.baseline:
+        systems = {"baseline": list(read_lines(arguments.baseline)), "system": hypotheses}
+        paired = paired_bootstrap(
+            systems, references, samples=arguments.bootstrap, seed=arguments.seed
+        )
+        payload["paired"] = [asdict(system) for system in paired]
+        print(
+            f"against the baseline (BLEU {paired[0].bleu:.2f}, chrF {paired[0].chrf:.2f}): "
+            f"p(BLEU) {paired[1].bleu_p:.4f}, p(chrF) {paired[1].chrf_p:.4f}"
+        )
+    if arguments.output:
+        signature = make_signature(seed=arguments.seed, sacrebleu=scores.signatures)
+        write_result(arguments.output, payload, signature)
+    return 0
+
+
+def _with_interval(value: float, half_width: float | None) -> str:
+    return f"{value:.2f}" if half_width is None else f"{value:.2f} ± {half_width:.2f}"
+
+
+def _check_counts(hypotheses: Sequence[str], references: Sequence[str]) -> None:
+    # sacreBLEU itself would silently score the shorter side.
+    if len(hypotheses) != len(references):
+        raise UserError(
+            f"There are {len(hypotheses)} hypotheses but {len(references)} references; "
+            "each sentence needs both."
+        )
+    if not hypotheses:
+        raise UserError("There is nothing to score; the files are empty.")
+
+
+def _in_order(texts: dict[int, str], count: int, path: Path) -> list[str]:
+    missing = [number for number in range(count) if number not in texts]
+    if missing:
+        raise UserError(
+            f"{path} lacks {len(missing)} of {count} sentences (first: {missing[0]}); "
+            "generate anew with --required-batch-size-multiple 1."
+        )
+    if len(texts) > count:
+        raise UserError(
+            f"{path} has {len(texts)} sentences, not {count}; give the output of the right split."
+        )
+    return [texts[number] for number in range(count)]
+
+
+@contextmanager
+def _sacrebleu_seed(seed: int) -> Iterator[None]:
+    # sacreBLEU takes its seed from the environment only.
+    before = os.environ.get(SEED_VARIABLE)
+    os.environ[SEED_VARIABLE] = str(seed)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[SEED_VARIABLE]
+        else:
+            os.environ[SEED_VARIABLE] = before

@@ -1,0 +1,59 @@
+"""Read the sentences of binarised data back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fairseq_vqem.corpora.binarise import MANIFEST
+from fairseq_vqem.corpora.files import read_json
+from fairseq_vqem.corpora.subwords import load_subwords
+from fairseq_vqem.errors import UserError
+
+
+def languages(data: Path) -> tuple[str, str]:
+    """Return source and target language of binarised data.
+
+    Raises:
+        UserError: `data` was not made by ``fairseq-vqem prepare``.
+    """
+    manifest = read_json(data / MANIFEST)
+    return manifest["source_lang"], manifest["target_lang"]
+
+
+def read_tokens(data: Path, split: str, language: str) -> Sequence[Any]:
+    """Return the token ids of one side of a split, a tensor of shape [length] per sentence.
+
+    Raises:
+        UserError: the split is not there.
+    """
+    from fairseq.data import Dictionary
+    from fairseq.data.data_utils import load_indexed_dataset
+
+    dictionary = Dictionary.load(str(data / f"dict.{language}.txt"))
+    prefix = data / f"{split}.{'-'.join(languages(data))}.{language}"
+    tokens: Sequence[Any] | None = load_indexed_dataset(str(prefix), dictionary)
+    if tokens is None:
+        raise UserError(f"{data} has no {split} split in {language!r}; prepare the data with one.")
+    return tokens
+
+
+def read_split(data: Path, split: str) -> tuple[list[str], list[str]]:
+    """Return the text of (source, target); symbols outside the dictionary read ``<unk>``.
+
+    Raises:
+        UserError: the split is not there.
+    """
+    source, target = (read_text(data, split, language) for language in languages(data))
+    return source, target
+
+
+def read_text(data: Path, split: str, language: str) -> list[str]:
+    """Return the text of one side of a split, as `read_split` does."""
+    from fairseq.data import Dictionary
+
+    dictionary = Dictionary.load(str(data / f"dict.{language}.txt"))
+    subwords = load_subwords(data)
+    tokens = read_tokens(data, split, language)
+    return [subwords.decode(dictionary.string(tokens[i])) for i in range(len(tokens))]

@@ -1,0 +1,1 @@
+"""A sentence-parallel corpus, English and another language, out of Debian packages alone."""

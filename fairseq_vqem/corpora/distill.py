@@ -1,0 +1,233 @@
+"""``fairseq-vqem distill``: replace the training targets by a teacher's translations.
+
+The teacher runs through `Translator` rather than fairseq-generate: nothing is printed and parsed
+again, no batch can be dropped, and batches are made by length over the whole split.
+
+Everything under `--out` is renamed into place, so a killed run continues with the next shard.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fairseq_vqem.benchmark.scoring import score
+from fairseq_vqem.benchmark.signature import make_signature, write_result
+from fairseq_vqem.benchmark.splits import languages, read_text
+from fairseq_vqem.corpora.binarise import MANIFEST, SPLITS, binarise, data_checksum
+from fairseq_vqem.corpora.files import (
+    count_and_checksum,
+    file_sha256,
+    read_json,
+    read_lines,
+    write_json,
+    write_lines,
+)
+from fairseq_vqem.corpora.subwords import load_subwords
+from fairseq_vqem.corpora.teaching import Teaching, merged_shards, translate_shards
+from fairseq_vqem.errors import UserError
+
+PLAN = "plan.json"
+REPORT = "distill-report.json"
+MOST_DEFAULT_WORKERS = 8
+
+
+@dataclass(frozen=True)
+class DistillReport:
+    """What the teacher did to the training split."""
+
+    sentences: int
+    kept_references: int
+    """Sources too long for the teacher, which keep their own target."""
+    empty_outputs: int
+    copies_of_source: int
+    outputs_at_max_length: int
+    """Most likely repetitions without end."""
+    length_ratio: float
+    """Characters of all targets over characters of all references."""
+    bleu_against_reference: float
+    seconds: float
+    """Wall time of this run; shards of earlier runs cost nothing."""
+    shards_found: int
+    """Shards that an earlier run had finished."""
+
+
+def distill(teaching: Teaching, text: Path | None = None) -> DistillReport:
+    """Translate the train split and binarise the result with the same subwords and dictionaries.
+
+    Under ``teaching.out`` afterwards: the binarised data, ``distill-report.json``, ``text/`` (what
+    was binarised, and ``train.pieces.TARGET`` as generated) and ``shards/``.
+
+    Args:
+        text: raw text that `teaching.data` was made from. Without it the text is decoded from the
+            binarised data, which must give the very same text.
+
+    Raises:
+        UserError: an input is missing, `out` holds another distillation, or text is not to be had
+            unchanged.
+    """
+    started = time.monotonic()
+    _check(teaching)
+    text = text or _decoded_text(teaching)
+    _check_text(teaching, text)
+    _check_plan(teaching)
+    pending = [n for n in range(teaching.shards) if not teaching.shard_file(n).is_file()]
+    for done, shard in enumerate(translate_shards(teaching, pending), start=1):
+        minutes = (time.monotonic() - started) / 60
+        print(f"shard {shard}: {done}/{len(pending)} after {minutes:.1f} min", flush=True)
+    source_lang, target_lang = languages(teaching.data)
+    sources = list(read_lines(text / f"train.{source_lang}"))
+    references = list(read_lines(text / f"train.{target_lang}"))
+    records = merged_shards(teaching, len(sources))
+    targets = _write_text(teaching, sources, references, records)
+    _binarise(teaching, text)
+    report = DistillReport(
+        sentences=len(sources),
+        kept_references=sum(record is None for record in records),
+        empty_outputs=sum(not target for target in targets),
+        copies_of_source=sum(s == t for s, t in zip(sources, targets, strict=True)),
+        outputs_at_max_length=sum(
+            record is not None and len(record.split()) >= teaching.max_length for record in records
+        ),
+        length_ratio=sum(map(len, targets)) / max(1, sum(map(len, references))),
+        bleu_against_reference=score(targets, references, bootstrap=0).bleu,
+        seconds=time.monotonic() - started,
+        shards_found=teaching.shards - len(pending),
+    )
+    signature = make_signature(data=teaching.data, device=teaching.device)
+    write_result(teaching.out / REPORT, asdict(report), signature)
+    return report
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add ``fairseq-vqem distill``."""
+    parser = subparsers.add_parser("distill", help="make training targets with a teacher")
+    parser.add_argument("--teacher", required=True, metavar="CKPT[:CKPT]", help="or an ensemble")
+    parser.add_argument("--data", type=Path, required=True, help="binarised data of the teacher")
+    parser.add_argument("--out", type=Path, required=True, help="receives the distilled data")
+    parser.add_argument("--text", type=Path, help="raw text of --data (default: decoded from it)")
+    parser.add_argument("--beam", type=int, default=4)
+    parser.add_argument("--lenpen", type=float, default=1.0, help="length penalty")
+    parser.add_argument("--max-length", type=int, default=200, help="longest output in subwords")
+    parser.add_argument("--shards", type=int, default=20, help="units that a restart can skip")
+    parser.add_argument("--max-tokens", type=int, default=2000, help="source tokens in a batch")
+    parser.add_argument("--workers", type=int, help="processes, one thread each")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    parser.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    options = {name: getattr(arguments, name) for name in Teaching.__dataclass_fields__}
+    if arguments.workers is None:
+        on_cpu = arguments.device == "cpu"
+        options["workers"] = min(MOST_DEFAULT_WORKERS, os.cpu_count() or 1) if on_cpu else 1
+    report = distill(Teaching(**options), arguments.text)
+    for name, value in asdict(report).items():
+        shown = f"{value:.3f}" if isinstance(value, float) else value
+        print(f"{name.replace('_', ' ')}: {shown}")
+    return 0
+
+
+def _check(teaching: Teaching) -> None:
+    if min(teaching.shards, teaching.workers, teaching.beam, teaching.max_length) < 1:
+        raise UserError("--shards, --workers, --beam and --max-length must be at least 1.")
+    if teaching.workers > 1 and teaching.device != "cpu":
+        raise UserError("On a GPU several workers only compete; use --workers 1.")
+    if teaching.out.resolve() == teaching.data.resolve():
+        raise UserError("--out must not be --data, or the original targets would be lost.")
+    for path in teaching.teacher.split(":"):
+        if not Path(path).is_file():
+            raise UserError(f"The teacher {path} does not exist; check the path.")
+
+
+def _check_plan(teaching: Teaching) -> None:
+    """Refuse to mix shards of two different distillations."""
+    plan = {
+        "teachers": [file_sha256(Path(path)) for path in teaching.teacher.split(":")],
+        "data": data_checksum(teaching.data),
+        "beam": teaching.beam,
+        "lenpen": teaching.lenpen,
+        "max_length": teaching.max_length,
+        "shards": teaching.shards,
+        # Summation order inside a batch can turn a near-tie.
+        "max_tokens": teaching.max_tokens,
+    }
+    path = teaching.out / "shards" / PLAN
+    if not path.is_file():
+        write_json(path, plan)
+        return
+    found = read_json(path)
+    changed = [key for key, value in plan.items() if found.get(key) != value]
+    if changed:
+        raise UserError(
+            f"{teaching.out} holds a distillation with other {', '.join(changed)}; "
+            "repeat its options or choose another --out."
+        )
+
+
+def _decoded_text(teaching: Teaching) -> Path:
+    """Write the text of every split of the data and return its folder."""
+    folder = teaching.out / "text" / "original"
+    for split in read_json(teaching.data / MANIFEST)["splits"]:
+        for language in languages(teaching.data):
+            lines = read_text(teaching.data, split, language)
+            write_lines(folder / f"{split}.{language}", lines)
+    return folder
+
+
+def _check_text(teaching: Teaching, folder: Path) -> None:
+    """Compare with the checksums of the text that the data was made from."""
+    for split, recorded in read_json(teaching.data / MANIFEST)["splits"].items():
+        for language in languages(teaching.data):
+            path = folder / f"{split}.{language}"
+            if count_and_checksum(path)[1] != recorded["sha256"][language]:
+                raise UserError(
+                    f"{path} is not the text that {teaching.data} was made from; "
+                    "give the folder of that text with --text."
+                )
+
+
+def _write_text(
+    teaching: Teaching,
+    sources: Sequence[str],
+    references: Sequence[str],
+    records: Sequence[str | None],
+) -> list[str]:
+    """Write both sides of the distilled train split as text, and the pieces; return the targets."""
+    source_lang, target_lang = languages(teaching.data)
+    subwords = load_subwords(teaching.data)
+    targets = [
+        reference if record is None else subwords.decode(record)
+        for reference, record in zip(references, records, strict=True)
+    ]
+    folder = teaching.out / "text"
+    write_lines(folder / f"train.{source_lang}", sources)
+    write_lines(folder / f"train.{target_lang}", targets)
+    pieces = (
+        subwords.encode(reference) if record is None else record
+        for reference, record in zip(references, records, strict=True)
+    )
+    write_lines(folder / f"train.pieces.{target_lang}", pieces)
+    return targets
+
+
+def _binarise(teaching: Teaching, text: Path) -> None:
+    source_lang, target_lang = languages(teaching.data)
+    manifest = read_json(teaching.data / MANIFEST)
+    binarise(
+        text,
+        teaching.out,
+        source_lang,
+        target_lang,
+        load_subwords(teaching.data),
+        splits=[split for split in SPLITS if split in manifest["splits"]],
+        train_text_dir=teaching.out / "text",
+        source_dict=teaching.data / f"dict.{source_lang}.txt",
+        target_dict=teaching.data / f"dict.{target_lang}.txt",
+        joined_dictionary=manifest["joined_dictionary"],
+        workers=teaching.workers,
+    )

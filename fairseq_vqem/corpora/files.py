@@ -1,0 +1,98 @@
+"""Reading and writing text files so that an interrupted run never leaves half a file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fairseq_vqem.errors import UserError
+
+READ_CHUNK = 1 << 20
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`: renamed to `path` on success, deleted on failure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> int:
+    """Write one line per item (UTF-8, ``\\n``) and return how many were written."""
+    count = 0
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as out:
+        for line in lines:
+            out.write(line + "\n")
+            count += 1
+    return count
+
+
+def read_lines(path: Path) -> Iterator[str]:
+    """Yield lines without their end; only ``\\n`` ends a line.
+
+    Raises:
+        UserError: the file is missing or is not UTF-8.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; check the path or run the step that writes it.")
+    with path.open(encoding="utf-8", newline="\n") as lines:
+        try:
+            for line in lines:
+                yield line.rstrip("\n")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8 text; convert it to UTF-8 first.") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON."""
+    with replacing(path) as temporary:
+        text = json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True)
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Return the parsed file.
+
+    Raises:
+        UserError: the file is missing or is not JSON.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; check the path or run the step that writes it.")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"{path} is damaged (not JSON); delete it and run the step again."
+        ) from error
+
+
+def file_sha256(path: Path) -> str:
+    """Return the hexadecimal SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(READ_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def count_and_checksum(path: Path) -> tuple[int, str]:
+    """Return the number of lines of a text file and the hexadecimal SHA-256 of its text.
+
+    Raises:
+        UserError: the file is missing or is not UTF-8.
+    """
+    digest, count = hashlib.sha256(), 0
+    for line in read_lines(path):
+        digest.update(line.encode("utf-8") + b"\n")
+        count += 1
+    return count, digest.hexdigest()

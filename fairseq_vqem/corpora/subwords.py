@@ -1,0 +1,230 @@
+"""Subword models behind one small interface: SentencePiece (default) and subword-nmt."""
+
+from __future__ import annotations
+
+import io
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import sentencepiece
+from subword_nmt.apply_bpe import BPE
+from subword_nmt.learn_bpe import learn_bpe
+
+from fairseq_vqem.corpora.files import file_sha256, read_lines, replacing, write_lines
+from fairseq_vqem.errors import UserError
+
+SENTENCEPIECE = "sentencepiece"
+SUBWORD_NMT = "subword-nmt"
+KINDS = (SENTENCEPIECE, SUBWORD_NMT)
+
+MAX_TRAINING_LINES = 2_000_000
+# SentencePiece sums expected counts per thread, so another number of threads gives another model.
+TRAINING_THREADS = 2
+RANDOM_SEED = 1
+WORD_START = "\u2581"
+JOINER = "@@"
+# A piece list has <unk>, <s> and </s>; a fairseq dictionary has <s>, <pad>, </s> and <unk>.
+SENTENCEPIECE_TO_FAIRSEQ_SPECIALS = 1
+
+
+class SubwordModel(ABC):
+    """Splits lines into space-separated pieces and joins them again.
+
+    White space is the only thing not kept exactly: runs of it become one space, and it is removed
+    at both ends. An empty line gives an empty line.
+    """
+
+    kind: str
+    file_name: str
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    @property
+    def path(self) -> Path:
+        """The one file that holds the model."""
+        return self.directory / self.file_name
+
+    @property
+    def checksum(self) -> str:
+        """Hexadecimal SHA-256 of the model file."""
+        return file_sha256(self.path)
+
+    @property
+    def dictionary_limit(self) -> int | None:
+        """Most symbols a fairseq dictionary needs, its four special ones included; None: no limit.
+
+        With a character coverage below 1.0 the pieces of encoded text include characters that the
+        model does not know; the limit keeps them out of the dictionary.
+        """
+        return None
+
+    @abstractmethod
+    def encode(self, line: str) -> str:
+        """Return the pieces of `line`, joined by single spaces."""
+
+    @abstractmethod
+    def decode(self, pieces: str) -> str:
+        """Return the line that `pieces` came from."""
+
+    def encode_lines(self, lines: Iterable[str]) -> Iterator[str]:
+        """Encode line by line; one output line for each input line."""
+        return map(self.encode, lines)
+
+
+class SentencePieceModel(SubwordModel):
+    """A joint unigram model; unknown characters stay visible as pieces of their own."""
+
+    kind = SENTENCEPIECE
+    file_name = "sentencepiece.model"
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"{self.path} is not a SentencePiece model; train it again.") from error
+
+    @property
+    def dictionary_limit(self) -> int | None:
+        return self._processor.get_piece_size() + SENTENCEPIECE_TO_FAIRSEQ_SPECIALS
+
+    def encode(self, line: str) -> str:
+        return " ".join(self._processor.encode(" ".join(line.split()), out_type=str))
+
+    def decode(self, pieces: str) -> str:
+        # The same rule as fairseq's `--post-process sentencepiece`.
+        return pieces.replace(" ", "").replace(WORD_START, " ").strip()
+
+
+class SubwordNmtModel(SubwordModel):
+    """Joint byte-pair encoding of text whose tokens are separated by white space."""
+
+    kind = SUBWORD_NMT
+    file_name = "bpe.codes"
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        with self.path.open(encoding="utf-8") as codes:
+            try:
+                self._bpe = BPE(codes, separator=JOINER)
+            # subword-nmt leaves the process when a line of the codes file is malformed.
+            except (ValueError, IndexError, SystemExit) as error:
+                raise UserError(f"{self.path} is not a BPE codes file; train it again.") from error
+
+    def encode(self, line: str) -> str:
+        return self._bpe.segment(" ".join(line.split()))
+
+    def decode(self, pieces: str) -> str:
+        # The same rule as fairseq's `--post-process subword_nmt`.
+        return (pieces + " ").replace(JOINER + " ", "").rstrip()
+
+
+_MODELS: dict[str, type[SubwordModel]] = {
+    SENTENCEPIECE: SentencePieceModel,
+    SUBWORD_NMT: SubwordNmtModel,
+}
+
+
+def load_subwords(directory: Path) -> SubwordModel:
+    """Load whichever model lies in `directory` (also a binarised data directory).
+
+    Raises:
+        UserError: there is none, there is more than one, or it is damaged.
+    """
+    found = [model for model in _MODELS.values() if (directory / model.file_name).is_file()]
+    if len(found) != 1:
+        names = " or ".join(model.file_name for model in _MODELS.values())
+        problem = "has several subword models" if found else "has no subword model"
+        raise UserError(f"{directory} {problem}; it must hold exactly one of {names}.")
+    return found[0](directory)
+
+
+def train_subwords(
+    kind: str,
+    files: Sequence[Path],
+    size: int,
+    directory: Path,
+    *,
+    character_coverage: float = 1.0,
+) -> SubwordModel:
+    """Train one joint model on all `files`; the same input always gives the same model.
+
+    Args:
+        kind: ``sentencepiece`` (unigram) or ``subword-nmt`` (byte-pair encoding).
+        files: plain text, one sentence a line; at most 2 million lines are used, evenly spaced.
+        size: number of pieces for SentencePiece, of merge operations for subword-nmt.
+        directory: receives ``sentencepiece.model`` or ``bpe.codes``.
+        character_coverage: share of characters SentencePiece must know; 1.0 keeps all of them.
+
+    Raises:
+        UserError: unknown kind, missing or empty files, or a size that the text cannot fill.
+    """
+    if kind not in _MODELS:
+        raise UserError(f"Unknown subword kind {kind!r}; choose one of {', '.join(KINDS)}.")
+    lines = list(_training_lines(files))
+    if not lines:
+        raise UserError(f"There is no text to train subwords on in {', '.join(map(str, files))}.")
+    path = directory / _MODELS[kind].file_name
+    if kind == SENTENCEPIECE:
+        _train_sentencepiece(lines, size, path, character_coverage)
+    else:
+        _train_subword_nmt(lines, size, path)
+    return _MODELS[kind](directory)
+
+
+def _training_lines(files: Sequence[Path]) -> Iterator[str]:
+    total = sum(1 for path in files for _ in read_lines(path))
+    step = max(1, -(-total // MAX_TRAINING_LINES))
+    number = 0
+    for path in files:
+        for line in read_lines(path):
+            words = line.split()
+            if words and number % step == 0:
+                yield " ".join(words)
+            number += 1
+
+
+def _train_sentencepiece(lines: list[str], size: int, path: Path, coverage: float) -> None:
+    model = io.BytesIO()
+    sentencepiece.set_random_generator_seed(RANDOM_SEED)
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=size,
+            character_coverage=coverage,
+            byte_fallback=False,
+            # Text must come back unchanged, so that scores compare with the raw references.
+            normalization_rule_name="identity",
+            shuffle_input_sentence=False,
+            num_threads=TRAINING_THREADS,
+            max_sentence_length=16384,
+            minloglevel=1,
+        )
+    except RuntimeError as error:
+        reason = str(error).rsplit("] ", 1)[-1].strip()
+        raise UserError(
+            f"SentencePiece cannot make {size} pieces from this text ({reason}); "
+            "choose another vocabulary size."
+        ) from error
+    with replacing(path) as temporary:
+        temporary.write_bytes(model.getvalue())
+
+
+def _train_subword_nmt(lines: list[str], size: int, path: Path) -> None:
+    codes = io.StringIO()
+    try:
+        learn_bpe(_NamedLines("\n".join(lines)), codes, size)
+    except (ValueError, IndexError) as error:
+        raise UserError(
+            f"subword-nmt cannot learn {size} merges from this text; choose a smaller number."
+        ) from error
+    write_lines(path, codes.getvalue().rstrip("\n").split("\n"))
+
+
+class _NamedLines(io.StringIO):
+    # subword-nmt looks at the name of its input to recognise standard input.
+    name = "lines"

@@ -1,0 +1,146 @@
+"""A teacher's translations of the training split, shard by shard, in one or several processes.
+
+One thread per process: the matrices of beam search are too small to share, and on a busy machine
+two threads were several times slower than one.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fairseq_vqem.benchmark.splits import languages, read_tokens
+from fairseq_vqem.corpora.files import read_lines, write_lines
+from fairseq_vqem.errors import UserError
+
+if TYPE_CHECKING:
+    from fairseq_vqem.generation.api import Translator
+
+# Large enough that the teacher never chooses the unknown symbol, finite to keep scores finite.
+UNKNOWN_PENALTY = 1e4
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """What determines the teacher's output, and how the work is divided."""
+
+    teacher: str
+    """Checkpoint, or several separated by colons."""
+    data: Path
+    out: Path
+    beam: int = 4
+    lenpen: float = 1.0
+    max_length: int = 200
+    """Longest output in subwords; constant, so that batching cannot change a translation."""
+    shards: int = 20
+    max_tokens: int = 2000
+    workers: int = 1
+    device: str = "cpu"
+
+    def shard_file(self, shard: int) -> Path:
+        return self.out / "shards" / f"{shard:05d}.jsonl"
+
+
+def shard_indices(lengths: Sequence[int], shards: int, shard: int) -> list[int]:
+    """Return the sentences of one shard: neighbours in length, the longest in shard 0."""
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    return order[len(order) * shard // shards : len(order) * (shard + 1) // shards]
+
+
+def translate_shard(teaching: Teaching, translator: Translator, shard: int) -> None:
+    """Write one shard: a line ``[sentence, pieces]`` each, pieces null if it is too long."""
+    source_lang, _ = languages(teaching.data)
+    sources = read_tokens(teaching.data, "train", source_lang)
+    lengths = [int(size) for size in sources.sizes]  # type: ignore[attr-defined]
+    indices = shard_indices(lengths, teaching.shards, shard)
+    fitting = [index for index in indices if lengths[index] <= translator.max_source_tokens]
+    outputs = translator.translate_tokens([sources[index].long() for index in fitting])
+    pieces = {
+        index: translator.pieces(output) for index, output in zip(fitting, outputs, strict=True)
+    }
+    records = ([index, pieces.get(index)] for index in indices)
+    write_lines(
+        teaching.shard_file(shard), (json.dumps(record, ensure_ascii=False) for record in records)
+    )
+
+
+def translate_shards(teaching: Teaching, pending: Sequence[int]) -> Iterator[int]:
+    """Write the shards `pending` and yield the number of each one when it is there.
+
+    Raises:
+        UserError: the teacher is damaged or does not fit the data.
+    """
+    workers = min(teaching.workers, len(pending))
+    if workers > 1:
+        # Spawned, because a fork after torch has started threads can hang.
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, mp_context=context) as pool:
+            work = [pool.submit(_work, teaching, shard) for shard in pending]
+            try:
+                yield from (finished.result() for finished in as_completed(work))
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    elif pending:
+        _limit_threads(teaching)
+        translator = _load(teaching)
+        for shard in pending:
+            translate_shard(teaching, translator, shard)
+            yield shard
+
+
+def merged_shards(teaching: Teaching, count: int) -> list[str | None]:
+    """Return the pieces of each sentence, None where the reference stays."""
+    found: dict[int, str | None] = {}
+    for shard in range(teaching.shards):
+        for line in read_lines(teaching.shard_file(shard)):
+            index, pieces = json.loads(line)
+            if index in found:
+                raise UserError(f"Sentence {index} is in two shards; delete {teaching.out}/shards.")
+            found[index] = pieces
+    if sorted(found) != list(range(count)):
+        raise UserError(
+            f"The shards hold {len(found)} sentences, not the {count} of the train split; "
+            f"delete {teaching.out}/shards and start again."
+        )
+    return [found[index] for index in range(count)]
+
+
+_teacher: Translator | None = None
+
+
+def _work(teaching: Teaching, shard: int) -> int:
+    # Kept for the next shard; a pool's initialiser could not report a bad checkpoint.
+    global _teacher
+    if _teacher is None:
+        _limit_threads(teaching)
+        _teacher = _load(teaching)
+    translate_shard(teaching, _teacher, shard)
+    return shard
+
+
+def _limit_threads(teaching: Teaching) -> None:
+    import torch
+
+    if teaching.device == "cpu":
+        torch.set_num_threads(1)
+
+
+def _load(teaching: Teaching) -> Translator:
+    from fairseq_vqem.generation.api import Translator
+
+    return Translator.from_checkpoint(
+        teaching.teacher,
+        teaching.data,
+        device=teaching.device,
+        max_tokens=teaching.max_tokens,
+        beam=teaching.beam,
+        lenpen=teaching.lenpen,
+        max_len_b=teaching.max_length,
+        unkpen=UNKNOWN_PENALTY,
+    )

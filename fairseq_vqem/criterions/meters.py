@@ -1,0 +1,54 @@
+"""Codebook statistics over a whole logging interval, never per batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from fairseq.logging.meters import Meter
+from torch import Tensor
+
+from fairseq_vqem.compat import allow_in_checkpoints
+
+
+class CodeUsageMeter(Meter):
+    """Sums code histograms ``[K]``; perplexity and usage are derived from the sum."""
+
+    def __init__(self) -> None:
+        self.counts: Tensor | None = None
+
+    def reset(self) -> None:
+        self.counts = None
+
+    def update(self, counts: Tensor) -> None:
+        counts = counts.double().cpu()
+        self.counts = counts if self.counts is None else self.counts + counts
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the entropy of the pooled histogram: between 1 and K."""
+        if self.counts is None or not self.counts.sum():
+            return 0.0
+        shares = self.counts / self.counts.sum()
+        return float(torch.exp(-torch.special.xlogy(shares, shares).sum()))
+
+    @property
+    def dead(self) -> int:
+        """Codes that no latent was assigned to in the interval."""
+        return 0 if self.counts is None else int(self.counts.eq(0).sum())
+
+    @property
+    def smoothed_value(self) -> float:
+        """Share of codes in use."""
+        if self.counts is None or not self.counts.numel():
+            return 0.0
+        return round(1.0 - self.dead / self.counts.numel(), 4)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"counts": self.counts}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.counts = state_dict["counts"]
+
+
+allow_in_checkpoints(CodeUsageMeter)

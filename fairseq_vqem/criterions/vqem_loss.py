@@ -1,0 +1,164 @@
+"""Reconstruction, commitment and latent losses (paper sections 2.1 and 3.2)."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from fairseq import metrics
+from fairseq.criterions import FairseqCriterion, register_criterion
+from fairseq.dataclass import FairseqDataclass
+from fairseq.tasks import FairseqTask
+from torch import Tensor
+
+from fairseq_vqem.criterions.meters import CodeUsageMeter
+from fairseq_vqem.errors import UserError
+from fairseq_vqem.models.config import option
+from fairseq_vqem.models.vqem_transformer import VQEMOutput, VQEMTransformer
+from fairseq_vqem.schedules import parse_schedule
+
+
+@dataclass
+class VQEMLossConfig(FairseqDataclass):
+    label_smoothing: float = option(0.0, "label smoothing of the reconstruction loss")
+    commitment_weight: str = option("0.25", "weight β of the commitment loss, a schedule")
+    latent_weight: str = option("1.0", "weight of the latent predictor's loss, a schedule")
+
+
+@register_criterion("vqem_loss", dataclass=VQEMLossConfig)
+class VQEMLoss(FairseqCriterion):
+    """``reconstruction + β·commitment + w·latent``, per target token.
+
+    The losses of the L latents of a sentence are multiplied by 2^n_c, so that each counts as much
+    as the tokens it stands for and β and w compare means with means, as in the paper's Eq. 2.
+    """
+
+    def __init__(
+        self,
+        task: FairseqTask,
+        label_smoothing: float,
+        commitment_weight: str,
+        latent_weight: str,
+    ) -> None:
+        super().__init__(task)
+        if not 0.0 <= label_smoothing < 1.0:
+            raise UserError(f"--label-smoothing is {label_smoothing}: it must be in [0, 1)")
+        self.label_smoothing = label_smoothing
+        self.commitment_weight = parse_schedule(commitment_weight, minimum=0.0)
+        self.latent_weight = parse_schedule(latent_weight, minimum=0.0)
+
+    def forward(
+        self, model: VQEMTransformer, sample: dict[str, Any], reduce: bool = True
+    ) -> tuple[Tensor, int, dict[str, Any]]:
+        """Summed loss, the number of target tokens as its denominator, and what is logged."""
+        output: VQEMOutput = model(**sample["net_input"], target=sample["target"])
+        reconstruction, nll = smoothed_cross_entropy(
+            output.logits, output.labels, self.padding_idx, self.label_smoothing
+        )
+        tokens = int(output.labels.ne(self.padding_idx).sum())
+        log: dict[str, Any] = {
+            "ntokens": sample["ntokens"],
+            "nsentences": sample["target"].size(0),
+            "labels": tokens,
+            "reconstruction": reconstruction.detach(),
+            "nll": nll.detach(),
+        }
+        # replaced positions carry no loss; rescaling keeps the balance with the other terms
+        loss = reconstruction * (sample["ntokens"] / max(tokens, 1))
+        if output.bottleneck is not None:
+            loss = loss + self.latent_losses(model, output, log)
+        log["loss"] = loss.detach()
+        return loss, sample["ntokens"], log
+
+    def latent_losses(
+        self, model: VQEMTransformer, output: VQEMOutput, log: dict[str, Any]
+    ) -> Tensor:
+        """Weighted commitment and latent loss; adds their logs and the code histogram."""
+        assert output.bottleneck is not None
+        assert output.latent_logits is not None and output.latent_tokens is not None
+        result = output.bottleneck
+        commitment = result.commitment.sum()
+        cross_entropy, correct, symbols = latent_cross_entropy(
+            output.latent_logits, output.latent_tokens, result.samples, output.latent_mask, model
+        )
+        update = model.num_updates
+        log["commitment"], log["latent"] = commitment.detach(), cross_entropy.detach()
+        log["latents"], log["latent_symbols"] = result.codes.numel(), symbols
+        log["latent_correct"] = correct
+        log["code_counts"] = torch.bincount(result.codes, minlength=model.cfg.codebook_size)
+        weighted = self.commitment_weight(update) * commitment.to(cross_entropy.dtype)
+        weighted = weighted + self.latent_weight(update) * cross_entropy
+        return model.multiple * weighted
+
+    @staticmethod
+    def logging_outputs_can_be_summed() -> bool:
+        return True
+
+    @classmethod
+    def reduce_metrics(cls, logging_outputs: list[dict[str, Any]]) -> None:
+        """Average each quantity over what it was summed over, in base 2 as fairseq does."""
+
+        def total(key: str) -> float:
+            return float(sum(log.get(key, 0) for log in logging_outputs))
+
+        def average(name: str, key: str, count_key: str, scale: float = 1.0) -> None:
+            count = total(count_key)
+            if count:
+                metrics.log_scalar(name, total(key) / count * scale, count, round=3)
+
+        bits = 1 / math.log(2)
+        average("loss", "loss", "ntokens", bits)
+        average("reconstruction_loss", "reconstruction", "labels", bits)
+        average("nll_loss", "nll", "labels", bits)
+        average("commitment_loss", "commitment", "latents")
+        average("latent_loss", "latent", "latent_symbols", bits)
+        average("latent_accuracy", "latent_correct", "latent_symbols")
+        counts = [log["code_counts"] for log in logging_outputs if "code_counts" in log]
+        if counts:
+            metrics.log_custom(CodeUsageMeter, "codes_used", sum(counts))
+            metrics.log_derived(
+                "code_perplexity", lambda meters: round(meters["codes_used"].perplexity, 1)
+            )
+            metrics.log_derived("dead_codes", lambda meters: meters["codes_used"].dead)
+
+
+def smoothed_cross_entropy(
+    logits: Tensor, labels: Tensor, padding: int, smoothing: float
+) -> tuple[Tensor, Tensor]:
+    """Label-smoothed cross-entropy and negative log-likelihood, summed over real labels.
+
+    Args:
+        logits: ``[B, T, V]``.
+        labels: ``[B, T]``; ``padding`` is left out.
+    """
+    real = labels.ne(padding)
+    log_probabilities = torch.log_softmax(logits[real].float(), -1)
+    nll = -log_probabilities.gather(1, labels[real].unsqueeze(1)).sum()
+    if not smoothing:
+        return nll, nll
+    uniform = -log_probabilities.mean(-1).sum()
+    return (1 - smoothing) * nll + smoothing * uniform, nll
+
+
+def latent_cross_entropy(
+    logits: Tensor, tokens: Tensor, samples: Tensor, mask: Tensor, model: VQEMTransformer
+) -> tuple[Tensor, Tensor, int]:
+    """Cross-entropy against the averaged one-hots of the m samples (section 3.2), summed.
+
+    Args:
+        logits: ``[B, L+1, K+4]``; tokens: ``[B, L+1]``; samples: ``[N, m]``; mask: ``[B, L]``.
+
+    Returns:
+        The sum over codes and end symbols, how many modes were predicted, how many symbols.
+    """
+    dictionary = model.latent_dictionary
+    at_codes = logits[:, :-1][mask].float()
+    log_probabilities = torch.log_softmax(at_codes, -1)
+    loss = -log_probabilities.gather(1, dictionary.tokens(samples)).mean(1).sum()
+    correct = at_codes.argmax(-1).eq(tokens[:, :-1][mask]).sum()
+    symbols = at_codes.size(0)
+    ends = tokens.eq(dictionary.eos())
+    at_ends = logits[ends].float()
+    loss = loss - torch.log_softmax(at_ends, -1)[:, dictionary.eos()].sum()
+    correct = correct + at_ends.argmax(-1).eq(dictionary.eos()).sum()
+    return loss, correct, symbols + at_ends.size(0)

@@ -1,0 +1,1 @@
+"""Decoding: codes by search, words in one parallel pass."""

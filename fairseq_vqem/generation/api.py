@@ -1,0 +1,316 @@
+"""Translate text from Python with any fairseq translation checkpoint.
+
+from fairseq_vqem import Translator
+translator = Translator.from_checkpoint("student.pt", data="data-bin", beam=4)
+translator.translate(["A sentence."])
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from fairseq import checkpoint_utils, tasks, utils
+from fairseq.dataclass.configs import GenerationConfig
+from fairseq.tasks import TASK_DATACLASS_REGISTRY, FairseqTask
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor
+
+from fairseq_vqem.corpora.subwords import SubwordModel, load_subwords
+from fairseq_vqem.errors import UserError
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+GENERATION_OPTIONS = frozenset(field.name for field in fields(GenerationConfig))
+
+Sample = dict[str, Any]
+Hypothesis = dict[str, Any]
+
+
+class Translator:
+    """Checkpoints, task, generator and subword model, ready to translate."""
+
+    def __init__(
+        self,
+        models: Sequence[Any],
+        task: FairseqTask,
+        subwords: SubwordModel,
+        generation: DictConfig,
+        *,
+        device: str = "cpu",
+        dtype: str = "float32",
+        max_tokens: int = 4000,
+    ) -> None:
+        """Move `models` to `device` and `dtype`; see `from_checkpoint` for the other arguments."""
+        self.models = list(models)
+        self.task = task
+        self.subwords = subwords
+        self.device = _checked_device(device)
+        self.dtype = dtype
+        self.max_tokens = max_tokens
+        for model in self.models:
+            model.to(device=self.device, dtype=_checked_dtype(dtype)).eval()
+            model.prepare_for_inference_(OmegaConf.create({"generation": generation}))
+        self.generator = task.build_generator(self.models, generation)
+        stripped = getattr(self.generator, "symbols_to_strip_from_output", None) or set()
+        self._ignored_symbols = {*stripped, task.target_dictionary.pad()}
+        self.max_source_tokens = _max_source_tokens(task, self.models)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: str | Path,
+        data: str | Path,
+        *,
+        device: str = "cpu",
+        dtype: str = "float32",
+        max_tokens: int = 4000,
+        task_overrides: Mapping[str, Any] | None = None,
+        **generation: Any,
+    ) -> Translator:
+        """Load one checkpoint, or several separated by colons (ensemble, or student:teacher).
+
+        Args:
+            checkpoint: made by ``fairseq-train``; the first one decides the task.
+            data: binarised data with both dictionaries and the subword model.
+            device: ``cpu``, ``cuda`` or ``cuda:N``.
+            dtype: ``float32``, ``float16`` or ``bfloat16``.
+            max_tokens: most source tokens in a batch, padding included.
+            task_overrides: options of the task, e.g. ``{"latent_beam": 4, "rescore": "teacher"}``.
+            generation: options of fairseq's generation config, e.g. ``beam=4, lenpen=0.6``.
+
+        Raises:
+            UserError: a file is missing or damaged, an option does not exist or has a wrong value,
+                the checkpoint does not fit the data, or the device is not there.
+        """
+        generation_config = _generation_config(generation)
+        models, task = _load_models(str(checkpoint), Path(data), dict(task_overrides or {}))
+        return cls(
+            models,
+            task,
+            load_subwords(Path(data)),
+            generation_config,
+            device=device,
+            dtype=dtype,
+            max_tokens=max_tokens,
+        )
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters of all models together."""
+        return sum(weight.numel() for model in self.models for weight in model.parameters())
+
+    def translate(self, sentences: Sequence[str]) -> list[str]:
+        """Return one translation for each sentence, in order; nothing to read gives ``""``.
+
+        Raises:
+            UserError: a sentence is longer than the model's positions.
+        """
+        tokens = [self._tokens(sentence) for sentence in sentences]
+        occupied = [index for index, sentence in enumerate(tokens) if len(sentence) > 1]
+        self.check_lengths([len(sentence) for sentence in tokens])
+        translations = [""] * len(tokens)
+        outputs = self.translate_tokens([tokens[index] for index in occupied])
+        for index, output in zip(occupied, outputs, strict=True):
+            translations[index] = self.decode(output)
+        return translations
+
+    def translate_tokens(self, sources: Sequence[Tensor]) -> list[Tensor]:
+        """Return the best output of each source, in order, as token ids of shape [length].
+
+        Args:
+            sources: token ids of shape [length], the end-of-sentence symbol included.
+
+        Raises:
+            UserError: a source is longer than the model's positions.
+        """
+        self.check_lengths([len(source) for source in sources])
+        outputs: list[Tensor | None] = [None] * len(sources)
+        for batch in batches_by_length([len(source) for source in sources], self.max_tokens):
+            hypotheses = self.translate_batch(self._collate([sources[index] for index in batch]))
+            for index, hypothesis in zip(batch, hypotheses, strict=True):
+                outputs[index] = hypothesis["tokens"].cpu()
+        return [output for output in outputs if output is not None]
+
+    def encode(self, sentences: Sequence[str]) -> Sample:
+        """Return one padded batch of `sentences` on the device, for `translate_batch`.
+
+        Raises:
+            UserError: a sentence is longer than the model's positions.
+        """
+        tokens = [self._tokens(sentence) for sentence in sentences]
+        self.check_lengths([len(sentence) for sentence in tokens])
+        return self._collate(tokens)
+
+    def translate_batch(self, sample: Sample) -> list[Hypothesis]:
+        """Return the best hypothesis of each sentence, in the order given to `encode`.
+
+        From padded source ids on the device to output ids: this is what the latency benchmark
+        times. Subword encoding, collation and decoding to text stay outside.
+
+        Returns:
+            fairseq's hypotheses: ``tokens`` (shape [length]), ``score`` and so on.
+        """
+        found = self.task.inference_step(self.generator, self.models, sample)
+        # The collater sorts by length; "id" holds the places before that.
+        by_place = dict(zip(sample["id"].tolist(), found, strict=True))
+        return [by_place[place][0] for place in range(len(found))]
+
+    def pieces(self, tokens: Tensor) -> str:
+        """Return output ids of shape [length] as space-joined subword pieces."""
+        dictionary = self.task.target_dictionary
+        text: str = dictionary.string(tokens, extra_symbols_to_ignore=self._ignored_symbols)
+        return text
+
+    def decode(self, tokens: Tensor) -> str:
+        """Return output ids of shape [length] as text."""
+        return self.subwords.decode(self.pieces(tokens))
+
+    def check_lengths(self, lengths: Sequence[int]) -> None:
+        """Raise UserError naming the first line that is too long.
+
+        Args:
+            lengths: source tokens of each line, the end-of-sentence symbol included.
+        """
+        for number, length in enumerate(lengths, start=1):
+            if length > self.max_source_tokens:
+                raise UserError(
+                    f"Line {number} has {length} subwords but the model reads at most "
+                    f"{self.max_source_tokens}; split or shorten it."
+                )
+
+    def _tokens(self, sentence: str) -> Tensor:
+        dictionary = self.task.source_dictionary
+        pieces = self.subwords.encode(sentence)
+        tokens: Tensor = dictionary.encode_line(pieces, add_if_not_exist=False).long()
+        return tokens
+
+    def _collate(self, tokens: Sequence[Tensor]) -> Sample:
+        lengths = [len(sentence) for sentence in tokens]
+        dataset = self.task.build_dataset_for_inference(list(tokens), lengths)
+        sample: Sample = dataset.collater([dataset[index] for index in range(len(tokens))])
+        if self.device.type == "cuda":
+            sample = utils.move_to_cuda(sample, self.device)
+        return sample
+
+
+def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Divide mixed options into (generation options, task options)."""
+    generation = {key: value for key, value in options.items() if key in GENERATION_OPTIONS}
+    return generation, {key: value for key, value in options.items() if key not in generation}
+
+
+def batches_by_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Yield indices in batches of similar length, the longest first, until all are used.
+
+    A batch times its longest sentence never exceeds `max_tokens`, save for a single sentence.
+    """
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        if batch and (len(batch) + 1) * lengths[batch[0]] > max_tokens:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def _generation_config(options: Mapping[str, Any]) -> DictConfig:
+    unknown = sorted(set(options) - GENERATION_OPTIONS)
+    if unknown:
+        raise UserError(
+            f"fairseq's generation has no option {', '.join(unknown)}; "
+            "pass options of the task as task_overrides."
+        )
+    try:
+        return cast(
+            DictConfig, OmegaConf.merge(OmegaConf.structured(GenerationConfig), dict(options))
+        )
+    except OmegaConfBaseException as error:
+        raise UserError(f"A generation option has a wrong value: {error.msg}.") from error
+
+
+def _load_models(
+    checkpoint: str, data: Path, overrides: dict[str, Any]
+) -> tuple[list[Any], FairseqTask]:
+    models: list[Any] = []
+    task: FairseqTask | None = None
+    for path in utils.split_paths(checkpoint):
+        state = _read_checkpoint(path)
+        task = task or _set_up_task(state["cfg"].task, data, overrides)
+        try:
+            loaded, _, _ = checkpoint_utils.load_model_ensemble_and_task(
+                [path], task=task, state=state
+            )
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1].strip()
+            raise UserError(
+                f"{path} does not fit the dictionaries in {data} or this version ({reason}); "
+                "give the data that it was trained on."
+            ) from error
+        models += loaded
+    return models, task
+
+
+def _read_checkpoint(path: str) -> dict[str, Any]:
+    if not Path(path).is_file():
+        raise UserError(f"The checkpoint {path} does not exist; check the path.")
+    try:
+        state: dict[str, Any] = checkpoint_utils.load_checkpoint_to_cpu(path)
+        if state.get("cfg") is None:
+            raise KeyError("cfg")
+    # torch raises any of these for a file that was cut off or is something else.
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.PickleError) as error:
+        raise UserError(
+            f"{path} is damaged or is not a fairseq checkpoint; copy or train it again."
+        ) from error
+    return state
+
+
+def _set_up_task(config: DictConfig, data: Path, overrides: dict[str, Any]) -> FairseqTask:
+    if not data.is_dir():
+        raise UserError(f"The data directory {data} does not exist; check the path.")
+    known = TASK_DATACLASS_REGISTRY[config._name].__dataclass_fields__
+    unknown = sorted(set(overrides) - set(known))
+    if unknown:
+        raise UserError(
+            f"Neither generation nor the task {config._name!r} has an option {', '.join(unknown)}."
+        )
+    with open_dict(config):
+        # Scoring while training is not wanted here, and may need a tokeniser that is not there.
+        config.update({"eval_bleu": False, "data": str(data), **overrides})
+    try:
+        return tasks.setup_task(config, from_checkpoint=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"A task option has a wrong value: {error.msg}.") from error
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{data} lacks {Path(str(error.filename or error)).name}; give a binarised data folder."
+        ) from error
+
+
+def _max_source_tokens(task: FairseqTask, models: Sequence[Any]) -> int:
+    limits = utils.resolve_max_positions(
+        task.max_positions(), *[model.max_positions() for model in models]
+    )
+    return int(limits[0] if isinstance(limits, tuple) else limits)
+
+
+def _checked_device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"Unknown device {name!r}; choose cpu, cuda or cuda:N.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("There is no CUDA device; use --device cpu.")
+    return device
+
+
+def _checked_dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise UserError(f"Unknown dtype {name!r}; choose one of {', '.join(DTYPES)}.")
+    return DTYPES[name]

@@ -1,0 +1,193 @@
+"""fairseq's iterative-refinement generator with latent search in front of its one parallel pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from fairseq.data import Dictionary
+from fairseq.iterative_refinement_generator import IterativeRefinementGenerator
+from torch import Tensor
+
+from fairseq_vqem.errors import UserError
+from fairseq_vqem.generation.latent_search import search_latents
+from fairseq_vqem.generation.records import LatentHypothesis, LatentSearchOptions
+from fairseq_vqem.models.vqem_transformer import VQEMTransformer
+
+RESCORES = ("none", "latent", "teacher")
+
+
+class LatentGenerator(IterativeRefinementGenerator):
+    """Codes by latent search, words by one parallel pass, the best candidate by re-scoring.
+
+    Batch iteration and teacher re-ranking are fairseq's own. Several models form an ensemble: they
+    must share one codebook (checkpoints of one run do); probabilities of codes and of words are
+    averaged. With ``rescore="teacher"`` the last model is an AR Transformer that re-scores.
+
+    Args:
+        search: latent search options; ``candidates`` sequences are decoded in one batch.
+        rescore: ``none`` takes the best by latent search, ``latent`` the best joint
+            log p(z|x) + log p(y|z,x) per word, ``teacher`` the teacher's best.
+    """
+
+    def __init__(
+        self,
+        dictionary: Dictionary,
+        models: Sequence[Any],
+        search: LatentSearchOptions,
+        rescore: str = "none",
+        retain_history: bool = False,
+    ) -> None:
+        super().__init__(
+            dictionary,
+            models=models,
+            max_iter=0,
+            beam_size=search.candidates,
+            reranking=rescore == "teacher",
+            adaptive=False,
+            retain_history=retain_history,
+        )
+        self.search, self.rescore = search, rescore
+        students = self.students(models)
+        if rescore == "teacher" and (len(models) < 2 or isinstance(models[-1], VQEMTransformer)):
+            raise UserError(
+                "--rescore teacher needs the teacher's checkpoint last in --path:"
+                " --path student.pt:teacher.pt"
+            )
+        if rescore == "teacher" and search.candidates < 2:
+            raise UserError("--rescore teacher needs at least --latent-candidates 2")
+        if not all(isinstance(m, VQEMTransformer) for m in students):
+            raise UserError(
+                "--task translation_vqem decodes vqem_transformer checkpoints: use --task"
+                " translation for an autoregressive one, or --rescore teacher to re-score with it"
+            )
+        first = students[0].bottleneck.lookup(torch.zeros(1, dtype=torch.long).to(device(students)))
+        for other in students[1:]:
+            same = other.cfg.codebook_size == students[0].cfg.codebook_size
+            code = torch.zeros(1, dtype=torch.long).to(first.device)
+            if not same or not torch.allclose(other.bottleneck.lookup(code), first, atol=1.0):
+                raise UserError(
+                    "these models have different codebooks, whose codes cannot be averaged:"
+                    " give checkpoints of one training run, or average their parameters"
+                )
+
+    def students(self, models: Sequence[Any]) -> list[VQEMTransformer]:
+        return list(models[:-1] if self.reranking else models)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        models: Sequence[Any],
+        sample: dict[str, Any],
+        prefix_tokens: Tensor | None = None,
+        constraints: Tensor | None = None,
+    ) -> list[list[dict[str, Any]]]:
+        """Hypotheses of each sentence of ``sample``, best first, ``candidates`` each."""
+        if prefix_tokens is not None or constraints is not None:
+            raise UserError(
+                "parallel decoding takes no --prefix-size and no --constraints: drop the option"
+            )
+        for model in models:
+            model.eval()
+        students = self.students(models)
+        src_tokens = sample["net_input"]["src_tokens"]
+        src_lengths = sample["net_input"]["src_lengths"]
+        encoder_outs = [m.encoder(src_tokens, src_lengths=src_lengths) for m in students]
+        latent = search_latents(students, encoder_outs, src_lengths, self.search)
+        candidates = latent.codes.size(1)
+        if candidates > 1:
+            rows = torch.arange(src_tokens.size(0), device=src_tokens.device)
+            rows = rows.repeat_interleave(candidates)
+            encoder_outs = [
+                m.encoder.reorder_encoder_out(out, rows)
+                for m, out in zip(students, encoder_outs, strict=True)
+            ]
+        finalized = self.decode(students, latent, encoder_outs)
+        if self.reranking:
+            finalized = self.rerank_by_teacher(models[-1], finalized, [src_tokens, src_lengths])
+        return self.pick(finalized, candidates)
+
+    def decode(
+        self,
+        students: Sequence[VQEMTransformer],
+        latent: LatentHypothesis,
+        encoder_outs: Sequence[Any],
+    ) -> list[dict[str, Any]]:
+        """One hypothesis for each of the B·C code sequences, decoded in one batch."""
+        codes = latent.codes.flatten(0, 1)
+        empty = codes[:, :1].lt(0).all(1)
+        codes = torch.where(
+            empty.unsqueeze(1) & (torch.arange(codes.size(1), device=codes.device) == 0), 0, codes
+        )
+        log_probabilities = average_log_probabilities(
+            [m.decode_codes(codes, out) for m, out in zip(students, encoder_outs, strict=True)]
+        )
+        log_probabilities[..., [self.pad, self.bos]] = float("-inf")
+        scores, tokens = log_probabilities.max(-1)
+        positions = codes.ge(0).repeat_interleave(students[0].multiple, dim=1)
+        lengths = word_lengths(tokens, positions, self.eos)
+        lengths = torch.where(empty, 0, lengths)
+        latent_scores = latent.scores.flatten().tolist()
+        return [
+            self.hypothesis(tokens[i, :n], scores[i, :n], latent_scores[i], codes[i])
+            for i, n in enumerate(lengths.tolist())
+        ]
+
+    def hypothesis(
+        self, tokens: Tensor, scores: Tensor, latent_score: float, codes: Tensor
+    ) -> dict[str, Any]:
+        """The record that fairseq's command line prints; ``tokens`` come without EOS."""
+        tokens = torch.cat([tokens, tokens.new_tensor([self.eos])])
+        scores = torch.cat([scores, scores.new_zeros(1)])
+        score = scores.mean()
+        if self.rescore == "latent":
+            score = (scores.sum() + latent_score) / tokens.numel()
+        record = {
+            "steps": 0,
+            "tokens": tokens,
+            "positional_scores": scores,
+            "score": score,
+            "latent_score": latent_score,
+            "codes": codes[codes.ge(0)],
+            "hypo_attn": None,
+            "alignment": None,
+        }
+        if self.retain_history:
+            record["history"] = [{"tokens": tokens}]
+        return record
+
+    def rerank_by_teacher(
+        self, teacher: Any, finalized: list[dict[str, Any]], encoder_input: list[Tensor]
+    ) -> list[dict[str, Any]]:
+        """Replace scores by the teacher's, through fairseq's re-ranker (tokens begin with BOS)."""
+        begin = finalized[0]["tokens"].new_tensor([self.bos])
+        wrapped = [[{**h, "tokens": torch.cat([begin, h["tokens"]])}] for h in finalized]
+        ranked = self.rerank(teacher, wrapped, encoder_input, self.beam_size)
+        return [{**h, "score": r[0]["score"]} for h, r in zip(finalized, ranked, strict=True)]
+
+    def pick(self, finalized: list[dict[str, Any]], candidates: int) -> list[list[dict[str, Any]]]:
+        """Group by sentence; best first unless the order of the latent search is asked for."""
+        groups = [finalized[i : i + candidates] for i in range(0, len(finalized), candidates)]
+        if self.rescore == "none":
+            return groups
+        return [sorted(group, key=lambda h: -float(h["score"])) for group in groups]
+
+
+def average_log_probabilities(logits: list[Tensor]) -> Tensor:
+    """Log of the mean of the models' word probabilities ``[B, T, V]``, in float32."""
+    each = [torch.log_softmax(one.float(), -1) for one in logits]
+    if len(each) == 1:
+        return each[0]
+    return torch.logsumexp(torch.stack(each), 0) - torch.log(torch.tensor(float(len(each))))
+
+
+def word_lengths(tokens: Tensor, positions: Tensor, eos: int) -> Tensor:
+    """Words before the first EOS of ``tokens`` ``[B, T]``, or all ``positions`` without one."""
+    stop = tokens.eq(eos) | ~positions
+    first = stop.long().argmax(1)
+    return torch.where(stop.any(1), first, tokens.size(1))
+
+
+def device(models: Sequence[torch.nn.Module]) -> torch.device:
+    return next(models[0].parameters()).device

@@ -1,0 +1,148 @@
+"""Autoregressive search over codes: greedy, beam or sampling, with cached decoder states."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from fairseq.utils import new_arange
+from torch import Tensor
+
+from fairseq_vqem.generation.records import LatentHypothesis, LatentSearchOptions
+from fairseq_vqem.models.vqem_transformer import VQEMTransformer
+from fairseq_vqem.modules.decoders import EncoderOut
+
+IMPOSSIBLE = -1e9
+
+
+def search_latents(
+    models: Sequence[VQEMTransformer],
+    encoder_outs: Sequence[EncoderOut],
+    src_lengths: Tensor,
+    options: LatentSearchOptions,
+) -> LatentHypothesis:
+    """Find ``options.candidates`` code sequences for each of B sentences.
+
+    Several models average their probabilities; they must share one codebook. Each sentence has
+    its own maximum length, so its result does not depend on the batch it is in.
+
+    Args:
+        encoder_outs: one source encoding per model.
+        src_lengths: ``[B]`` source lengths in tokens.
+    """
+    width = max(options.beam, options.candidates)
+    state = _Beams(models, encoder_outs, src_lengths, options, width)
+    while not state.finished.all():
+        state.advance()
+    return state.hypotheses(options.candidates)
+
+
+class _Beams:
+    """B sentences times W beams, advanced one symbol at a time."""
+
+    def __init__(
+        self,
+        models: Sequence[VQEMTransformer],
+        encoder_outs: Sequence[EncoderOut],
+        src_lengths: Tensor,
+        options: LatentSearchOptions,
+        width: int,
+    ) -> None:
+        self.models, self.options, self.width = models, options, width
+        self.batch = src_lengths.size(0)
+        self.dictionary = models[0].latent_dictionary
+        rows = new_arange(src_lengths, width, self.batch).t().reshape(-1)
+        self.encoder_outs = [
+            m.encoder.reorder_encoder_out(out, rows) if width > 1 else out
+            for m, out in zip(models, encoder_outs, strict=True)
+        ]
+        limit = models[0].max_latents(src_lengths, options.max_ratio, options.max_offset)
+        self.limit = limit.clamp(min=1)[rows]
+        self.fixed_length = models[0].cfg.latent_length == "source"
+        self.tokens = src_lengths.new_full((rows.numel(), 1), self.dictionary.eos())
+        self.finished = torch.zeros_like(rows, dtype=torch.bool)
+        self.lengths = torch.zeros_like(rows)
+        self.scores = torch.zeros(rows.numel(), device=rows.device)
+        if width > 1 and not options.temperature:
+            # all beams start equal: only the first one may be extended at the first step
+            self.scores.view(self.batch, width)[:, 1:] = IMPOSSIBLE
+        self.caches: list[dict[str, dict[str, Tensor | None]]] = [{} for _ in models]
+
+    def log_probabilities(self) -> Tensor:
+        """Next-symbol log-probabilities ``[B·W, K+4]``, averaged over the models."""
+        each = []
+        for model, out, cache in zip(self.models, self.encoder_outs, self.caches, strict=True):
+            logits, _ = model.latent_predictor(
+                self.tokens, encoder_out=out, incremental_state=cache
+            )
+            each.append(torch.log_softmax(logits[:, -1].float(), -1))
+        if len(each) == 1:
+            return each[0]
+        return torch.logsumexp(torch.stack(each), 0) - torch.log(torch.tensor(float(len(each))))
+
+    def advance(self) -> None:
+        """Extend every unfinished hypothesis by one symbol."""
+        step = self.tokens.size(1)
+        scores = self.log_probabilities()
+        end, pad = self.dictionary.eos(), self.dictionary.pad()
+        if self.fixed_length or step == 1:
+            scores[:, end] = IMPOSSIBLE
+        over = step > self.limit
+        if not self.fixed_length and bool(over.any()):
+            scores[over] = (
+                scores[over]
+                .index_fill(1, torch.arange(scores.size(1), device=scores.device), IMPOSSIBLE)
+                .index_fill(1, torch.tensor([end], device=scores.device), 0.0)
+            )
+        parents, symbols, gains = self.choose(scores)
+        symbols = torch.where(self.finished[parents], pad, symbols)
+        gains = torch.where(self.finished[parents], 0.0, gains)
+        self.reorder(parents)
+        self.scores = self.scores + gains
+        self.lengths = self.lengths + (~self.finished).long()
+        self.tokens = torch.cat([self.tokens, symbols.unsqueeze(1)], 1)
+        ended = symbols.eq(end)
+        if self.options.stop_code is not None:
+            ended |= symbols.eq(self.dictionary.offset + self.options.stop_code)
+        if self.fixed_length:
+            ended |= step >= self.limit
+        self.finished = self.finished | ended
+
+    def choose(self, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Parent rows, symbols and log-probability gains of the next beams, each ``[B·W]``."""
+        rows = torch.arange(scores.size(0), device=scores.device)
+        if self.options.temperature:
+            sampled = torch.multinomial((scores / self.options.temperature).softmax(-1), 1)[:, 0]
+            return rows, sampled, scores.gather(1, sampled.unsqueeze(1))[:, 0]
+        if self.width == 1:
+            gains, symbols = scores.max(-1)
+            return rows, symbols, gains
+        # a finished beam has one continuation, itself
+        keep = torch.full_like(scores, IMPOSSIBLE)
+        keep[:, self.dictionary.pad()] = 0.0
+        scores = torch.where(self.finished.unsqueeze(1), keep, scores)
+        totals = (self.scores.unsqueeze(1) + scores).view(self.batch, -1)
+        _, best = totals.topk(self.width, dim=1)
+        first = torch.arange(self.batch, device=best.device).unsqueeze(1) * self.width
+        parents = (first + best // scores.size(1)).reshape(-1)
+        symbols = (best % scores.size(1)).reshape(-1)
+        return parents, symbols, scores[parents, symbols]
+
+    def reorder(self, parents: Tensor) -> None:
+        if self.width == 1 or self.options.temperature:
+            return
+        self.tokens, self.scores = self.tokens[parents], self.scores[parents]
+        self.finished, self.lengths = self.finished[parents], self.lengths[parents]
+        for model, cache in zip(self.models, self.caches, strict=True):
+            model.latent_predictor.reorder_incremental_state_scripting(cache, parents)
+
+    def hypotheses(self, candidates: int) -> LatentHypothesis:
+        """The best ``candidates`` beams by log-probability per symbol, end symbols removed."""
+        shape = (self.batch, self.width)
+        codes = self.dictionary.codes(self.tokens[:, 1:])
+        if self.options.stop_code is not None:
+            codes = torch.where(codes == self.options.stop_code, -1, codes)
+        scores, lengths = self.scores.view(shape), self.lengths.view(shape)
+        order = (scores / lengths.clamp(min=1)).argsort(1, descending=True)[:, :candidates]
+        picked = codes.view(*shape, -1).gather(1, order.unsqueeze(-1).expand(-1, -1, codes.size(1)))
+        return LatentHypothesis(picked, scores.gather(1, order), lengths.gather(1, order))

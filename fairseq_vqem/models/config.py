@@ -1,0 +1,132 @@
+"""Options of ``vqem_transformer`` and the check of their combination."""
+
+from argparse import SUPPRESS, BooleanOptionalAction
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from fairseq.models.transformer import TransformerConfig
+from fairseq.models.transformer.transformer_config import DecoderConfig, EncDecBaseConfig
+
+from fairseq_vqem.bottlenecks import BottleneckOptions
+from fairseq_vqem.bottlenecks.codebook import CODEBOOK_UPDATES
+from fairseq_vqem.errors import UserError
+from fairseq_vqem.modules.convolutions import EXPANDER_KINDS, RESIDUAL_PLACEMENTS
+
+LATENT_LENGTHS = ("end", "source")
+
+
+def option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class VQEMTransformerConfig(FairseqDataclass):
+    """One flat set of options, so that fairseq-train and fairseq-hydra-train both read it."""
+
+    embed_dim: int = option(512, "hidden size D of every part, the codebook included")
+    ffn_embed_dim: int = option(2048, "inner size of the feed-forward blocks")
+    attention_heads: int = option(8, "attention heads of every Transformer layer")
+    encoder_layers: int = option(6, "layers of the source encoder")
+    latent_layers: int = option(6, "layers of the latent predictor")
+    decoder_layers: int = option(6, "layers of the parallel decoder")
+    dropout: float = option(0.1, "dropout probability")
+    attention_dropout: float = option(0.0, "dropout probability of attention weights")
+    activation_dropout: float = option(0.0, "dropout probability inside the feed-forward blocks")
+    max_source_positions: int = option(1024, "longest source in tokens")
+    max_target_positions: int = option(1024, "longest target in tokens")
+    share_all_embeddings: bool = option(
+        True, "one embedding matrix for source, target and output; needs a joined dictionary"
+    )
+
+    bottleneck: str = option("soft-em", "discretisation: soft-em (m samples) or hard-em (argmin)")
+    codebook_size: int = option(4096, "number of codes K")
+    em_samples: int = option(10, "samples m per latent in the E step of soft-em")
+    codebook_decay: float = option(0.999, "decay λ of the codebook's moving averages")
+    codebook_update: ChoiceEnum(CODEBOOK_UPDATES) = option(  # type: ignore[valid-type]
+        "sums-counts", "moving averages of sums and counts, or Eq. 4-5 as printed"
+    )
+    compress_steps: int = option(3, "halvings n_c of the target length")
+    residual_blocks: int = option(1, "residual convolution blocks per compress step")
+    residual_placement: ChoiceEnum(RESIDUAL_PLACEMENTS) = option(  # type: ignore[valid-type]
+        "between", "residual blocks between the strided convolutions, or all before the first"
+    )
+    expander: ChoiceEnum(EXPANDER_KINDS) = option(  # type: ignore[valid-type]
+        "projection", "how latents are brought back to the target length"
+    )
+    decoder_attend_source: bool = option(True, "the parallel decoder attends to the source")
+    target_encoder_attend_source: bool = option(False, "the target encoder attends to the source")
+    causal_decoder: bool = option(False, "causal self-attention in the parallel decoder")
+    latent_length: ChoiceEnum(LATENT_LENGTHS) = option(  # type: ignore[valid-type]
+        "end",
+        "end: the latents cover the target and an explicit end symbol is predicted; "
+        "source: they cover max(|y|, 2|x|) positions, as in the released code",
+    )
+
+    quantise_schedule: str = option(
+        "0:1@1000-2000", "share of latents that is quantised, by update; 0 is the warm-up"
+    )
+    gold_schedule: str = option(
+        "0.9:0.0@1000-20k", "share of decoder inputs replaced by gold embeddings, by update"
+    )
+    init_from: str | None = option(
+        None, "AR Transformer checkpoint whose encoder, decoder and embeddings start the student"
+    )
+
+
+def check_config(cfg: VQEMTransformerConfig) -> None:
+    """Raise ``UserError`` for options that do not go together."""
+    bottleneck_options(cfg)
+    if cfg.compress_steps < 1:
+        raise UserError(f"--compress-steps is {cfg.compress_steps}: it must be at least 1")
+    if cfg.embed_dim % cfg.attention_heads:
+        raise UserError(
+            f"--embed-dim {cfg.embed_dim} is not divisible by --attention-heads"
+            f" {cfg.attention_heads}: choose a divisor"
+        )
+
+
+def bottleneck_options(cfg: VQEMTransformerConfig) -> BottleneckOptions:
+    return BottleneckOptions(
+        codebook_size=cfg.codebook_size,
+        dimension=cfg.embed_dim,
+        em_samples=cfg.em_samples,
+        codebook_decay=cfg.codebook_decay,
+        codebook_update=str(cfg.codebook_update),
+    )
+
+
+def transformer_config(cfg: VQEMTransformerConfig, decoder_layers: int) -> TransformerConfig:
+    """fairseq's configuration of a pre-norm Transformer with ``decoder_layers`` layers."""
+    result = TransformerConfig()
+    shared = dict(
+        embed_dim=cfg.embed_dim,
+        ffn_embed_dim=cfg.ffn_embed_dim,
+        attention_heads=cfg.attention_heads,
+        normalize_before=True,
+    )
+    result.encoder = EncDecBaseConfig(layers=cfg.encoder_layers, **shared)
+    result.decoder = DecoderConfig(layers=decoder_layers, **shared)
+    result.dropout = cfg.dropout
+    result.attention_dropout = cfg.attention_dropout
+    result.activation_dropout = cfg.activation_dropout
+    result.max_source_positions = cfg.max_source_positions
+    result.max_target_positions = cfg.max_target_positions
+    result.share_decoder_input_output_embed = True
+    return result
+
+
+def add_switches(parser: Any) -> None:
+    """Turn every boolean option into ``--NAME/--no-NAME``.
+
+    fairseq makes of a boolean that defaults to true a flag of the same name that turns it *off*.
+    """
+    for each in fields(VQEMTransformerConfig):
+        if each.type is not bool:
+            continue
+        flag = "--" + each.name.replace("_", "-")
+        action = parser._option_string_actions.pop(flag)
+        parser._remove_action(action)
+        parser.add_argument(
+            flag, action=BooleanOptionalAction, default=SUPPRESS, help=each.metadata["help"]
+        )

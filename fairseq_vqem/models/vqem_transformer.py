@@ -1,0 +1,338 @@
+"""The VQ-VAE latent transformer for translation (paper section 5.1, Figure 2)."""
+
+from __future__ import annotations
+
+import math
+from argparse import Namespace
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from fairseq.data import Dictionary
+from fairseq.models import (
+    FairseqEncoderDecoderModel,
+    register_model,
+    register_model_architecture,
+)
+from fairseq.models.transformer import TransformerEncoderBase
+from torch import Tensor, nn
+
+from fairseq_vqem.bottlenecks import Bottleneck, BottleneckOutput, build_bottleneck
+from fairseq_vqem.errors import UserError
+from fairseq_vqem.models.config import (
+    VQEMTransformerConfig,
+    add_switches,
+    bottleneck_options,
+    check_config,
+    transformer_config,
+)
+from fairseq_vqem.models.initialise import initialise_from_teacher
+from fairseq_vqem.modules.convolutions import Compressor, Expander
+from fairseq_vqem.modules.decoders import (
+    EncoderOut,
+    LatentDictionary,
+    LatentPredictor,
+    ParallelDecoder,
+)
+from fairseq_vqem.modules.target_encoder import TargetEncoder, pad_to_multiple
+from fairseq_vqem.schedules import parse_schedule
+
+
+@dataclass
+class VQEMOutput:
+    """What one training forward returns to the criterion. B sentences, T tokens, L latents.
+
+    Attributes:
+        logits: ``[B, T, V]`` word logits; T is a multiple of 2^n_c.
+        labels: ``[B, T]`` target tokens; padding where nothing is to be learned.
+        bottleneck: the discretisation of the N real latents, None during the warm-up.
+        latent_logits: ``[B, L+1, K+4]`` predictor logits, None during the warm-up.
+        latent_tokens: ``[B, L+1]`` mode codes as latent dictionary ids, then the end symbol.
+        latent_mask: ``[B, L]`` true at real latents, in whose row-major order N counts.
+    """
+
+    logits: Tensor
+    labels: Tensor
+    bottleneck: BottleneckOutput | None
+    latent_logits: Tensor | None
+    latent_tokens: Tensor | None
+    latent_mask: Tensor
+
+
+class SourceEncoder(TransformerEncoderBase):
+    """fairseq's encoder, whose parameter names an AR teacher shares."""
+
+
+@register_model("vqem_transformer", dataclass=VQEMTransformerConfig)
+class VQEMTransformer(FairseqEncoderDecoderModel):
+    """Source encoder, target encoder, bottleneck, latent predictor, expander, parallel decoder."""
+
+    def __init__(
+        self,
+        cfg: VQEMTransformerConfig,
+        encoder: SourceEncoder,
+        decoder: ParallelDecoder,
+        bottleneck: Bottleneck,
+    ) -> None:
+        super().__init__(encoder, decoder)
+        self.cfg = cfg
+        self.multiple = 2**cfg.compress_steps
+        self.pad, self.eos = decoder.dictionary.pad(), decoder.dictionary.eos()
+        self.bottleneck = bottleneck
+        compressor = Compressor(
+            cfg.embed_dim,
+            cfg.compress_steps,
+            cfg.residual_blocks,
+            str(cfg.residual_placement),
+            cfg.dropout,
+        )
+        heads = cfg.attention_heads if cfg.target_encoder_attend_source else 0
+        self.target_encoder = TargetEncoder(decoder.embed_tokens, compressor, heads, cfg.dropout)
+        self.expander = Expander(
+            cfg.embed_dim,
+            cfg.compress_steps,
+            cfg.residual_blocks,
+            str(cfg.expander),
+            cfg.dropout,
+        )
+        self.latent_dictionary = LatentDictionary(cfg.codebook_size)
+        self.latent_predictor = LatentPredictor(
+            transformer_config(cfg, cfg.latent_layers), self.latent_dictionary
+        )
+        self.quantise_schedule = parse_schedule(cfg.quantise_schedule, 0.0, 1.0)
+        self.gold_schedule = parse_schedule(cfg.gold_schedule, 0.0, 1.0)
+        self.num_updates = 0
+
+    @classmethod
+    def add_args(cls, parser: Any) -> None:
+        super().add_args(parser)
+        add_switches(parser)
+
+    @classmethod
+    def build_model(cls, cfg: VQEMTransformerConfig, task: Any) -> VQEMTransformer:
+        """Build for the dictionaries of ``task``; ``UserError`` where options do not fit."""
+        check_config(cfg)
+        if not getattr(task, "supports_latents", False):
+            raise UserError(
+                "vqem_transformer needs its own task: pass --task translation_vqem"
+                " (and --criterion vqem_loss in training)"
+            )
+        source, target = task.source_dictionary, task.target_dictionary
+        if cfg.share_all_embeddings and source != target:
+            raise UserError(
+                "the source and target dictionaries differ, so embeddings cannot be shared:"
+                " preprocess with --joined-dictionary or pass --share-all-embeddings false"
+            )
+        embeddings = build_embedding(target, cfg.embed_dim)
+        shared = cfg.share_all_embeddings
+        source_embeddings = embeddings if shared else build_embedding(source, cfg.embed_dim)
+        encoder = SourceEncoder(
+            transformer_config(cfg, cfg.decoder_layers), source, source_embeddings
+        )
+        decoder = ParallelDecoder(
+            transformer_config(cfg, cfg.decoder_layers),
+            target,
+            embeddings,
+            attend_source=cfg.decoder_attend_source,
+            causal=cfg.causal_decoder,
+        )
+        bottleneck = build_bottleneck(cfg.bottleneck, bottleneck_options(cfg))
+        model = cls(cfg, encoder, decoder, bottleneck)
+        if cfg.init_from and getattr(task, "initialises_models", False):
+            initialise_from_teacher(model, cfg.init_from)
+        return model
+
+    # ------------------------------------------------------------------ training
+
+    def set_num_updates(self, num_updates: int) -> None:
+        self.num_updates = num_updates
+        super().set_num_updates(num_updates)
+
+    def forward(  # type: ignore[override]
+        self,
+        src_tokens: Tensor,
+        src_lengths: Tensor,
+        prev_output_tokens: Tensor | None,
+        target: Tensor,
+        noised_target: Tensor | None = None,
+    ) -> VQEMOutput:
+        """Teacher-forced pass over ``target`` ``[B, T]`` (ending in EOS, right-padded)."""
+        encoder_out = self.encoder(src_tokens, src_lengths=src_lengths)
+        seen = target if noised_target is None else noised_target
+        vectors, latent_mask = self.encode_target(seen, src_lengths, encoder_out)
+        share = self.quantise_schedule(self.num_updates) if self.training else 1.0
+        rows = vectors[latent_mask]
+        result: BottleneckOutput | None = None
+        if share > 0.0:
+            result = self.bottleneck(rows)
+            keep = torch.rand(rows.size(0), 1, device=rows.device) >= share
+            rows = torch.where(keep, rows, result.latents)
+        elif self.training:
+            self.bottleneck.observe(rows)
+        latents = vectors.new_zeros(vectors.shape)
+        latents[latent_mask] = rows.to(latents.dtype)
+        logits, labels = self.reconstruct(latents, latent_mask, encoder_out, target)
+        latent_logits, latent_tokens = None, None
+        if result is not None:
+            latent_tokens = self.latent_tokens(result.codes, latent_mask)
+            latent_logits = self.predict_latents(latent_tokens, encoder_out)
+        return VQEMOutput(logits, labels, result, latent_logits, latent_tokens, latent_mask)
+
+    def encode_target(
+        self, target: Tensor, src_lengths: Tensor, encoder_out: EncoderOut
+    ) -> tuple[Tensor, Tensor]:
+        """Continuous latents ``[B, L, D]`` and their mask ``[B, L]`` of ``target`` ``[B, T]``."""
+        lengths = target.ne(self.pad).sum(1)
+        if self.cfg.latent_length == "source":
+            lengths = torch.maximum(lengths, 2 * src_lengths)
+        if int(lengths.max()) > self.cfg.max_target_positions:
+            raise UserError(
+                f"a target of {int(lengths.max())} positions exceeds --max-target-positions"
+                f" {self.cfg.max_target_positions}: raise it or drop the sentence"
+            )
+        tokens = pad_to_multiple(target, int(lengths.max()), self.multiple, self.pad)
+        covered = -(-lengths // self.multiple) * self.multiple
+        covered_mask = torch.arange(tokens.size(1), device=target.device) < covered.unsqueeze(1)
+        real = covered_mask if self.cfg.latent_length == "source" else tokens.ne(self.pad)
+        return self.target_encoder(tokens, real, encoder_out)
+
+    def reconstruct(
+        self, latents: Tensor, latent_mask: Tensor, encoder_out: EncoderOut, target: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Word logits and labels; in training a share of inputs is replaced by gold embeddings.
+
+        Replaced positions are no labels: the decoder could copy them.
+        """
+        inputs, mask = self.expander(latents, latent_mask)
+        labels = pad_to_multiple(target, inputs.size(1), self.multiple, self.pad)
+        share = self.gold_schedule(self.num_updates) if self.training else 0.0
+        if share > 0.0:
+            real = labels.ne(self.pad)
+            gold = real & (torch.rand(labels.shape, device=labels.device) < share)
+            embedded = self.target_encoder.scale * self.decoder.embed_tokens(labels)
+            inputs = torch.where(gold.unsqueeze(-1), embedded, inputs)
+            labels = labels.masked_fill(gold, self.pad)
+        return self.decoder(inputs, mask, encoder_out), labels
+
+    def latent_tokens(self, codes: Tensor, latent_mask: Tensor) -> Tensor:
+        """Codes ``[N]`` laid out by ``latent_mask`` with the end symbol appended, ``[B, L+1]``."""
+        laid_out = latent_mask.new_full(latent_mask.shape, -1, dtype=torch.long)
+        laid_out[latent_mask] = codes
+        tokens = self.latent_dictionary.tokens(laid_out)
+        last = tokens.new_full((tokens.size(0), 1), self.latent_dictionary.pad())
+        tokens = torch.cat([tokens, last], 1)
+        if self.cfg.latent_length == "end":
+            tokens.scatter_(1, latent_mask.sum(1, keepdim=True), self.latent_dictionary.eos())
+        return tokens
+
+    def predict_latents(self, latent_tokens: Tensor, encoder_out: EncoderOut) -> Tensor:
+        """Teacher-forced predictor logits ``[B, L+1, K+4]`` for ``latent_tokens`` ``[B, L+1]``."""
+        end, pad = self.latent_dictionary.eos(), self.latent_dictionary.pad()
+        previous = latent_tokens[:, :-1].masked_fill(latent_tokens[:, :-1].eq(end), pad)
+        start = latent_tokens.new_full((latent_tokens.size(0), 1), end)
+        previous = torch.cat([start, previous], 1)
+        return self.latent_predictor(previous, encoder_out=encoder_out)[0]
+
+    # ------------------------------------------------------------------ inference
+
+    def posterior_codes(
+        self, target: Tensor, src_lengths: Tensor, encoder_out: EncoderOut
+    ) -> Tensor:
+        """The autoencoder's own codes ``[B, L]`` of ``target``, -1 at padding."""
+        vectors, mask = self.encode_target(target, src_lengths, encoder_out)
+        codes = mask.new_full(mask.shape, -1, dtype=torch.long)
+        codes[mask] = self.bottleneck(vectors[mask]).codes
+        return codes
+
+    def decode_codes(self, codes: Tensor, encoder_out: EncoderOut) -> Tensor:
+        """Word logits ``[B, L·2^n_c, V]`` of ``codes`` ``[B, L]`` (-1 at padding)."""
+        mask = codes.ge(0)
+        latents = self.bottleneck.lookup(codes.clamp(min=0))
+        latents = latents.to(self.decoder.embed_tokens.weight.dtype)
+        inputs, token_mask = self.expander(latents, mask)
+        return self.decoder(inputs, token_mask, encoder_out)
+
+    @torch.no_grad()
+    def pad_code(self) -> int:
+        """The EOS/PAD latent (Appendix C): the posterior's code for positions after the end.
+
+        Raises:
+            UserError: the model predicts an explicit end and so never learned such a code.
+        """
+        if self.cfg.latent_length != "source":
+            raise UserError(
+                "--stop-at-pad-latent needs a model trained with --latent-length source: this one"
+                " predicts an explicit end symbol and stops by itself"
+            )
+        device = self.decoder.embed_tokens.weight.device
+        empty = torch.full((1, 1), self.eos, device=device)
+        lengths = torch.tensor([8 * self.multiple], device=device)
+        codes = self.posterior_codes(empty, lengths, self.encoder(empty, src_lengths=lengths))
+        return int(codes[0, codes.size(1) // 2 :].mode().values)
+
+    def max_latents(self, src_lengths: Tensor, ratio: float, offset: int) -> Tensor:
+        """The most latents a hypothesis may have, from the source length alone, ``[B]``."""
+        if self.cfg.latent_length == "source":
+            return -(-2 * src_lengths // self.multiple)
+        longest = (ratio * src_lengths).ceil().long() + offset
+        longest = longest.clamp(max=self.cfg.max_target_positions)
+        return -(-longest // self.multiple)
+
+    def load_state_dict(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As fairseq, but a checkpoint of other sizes is refused in one sentence."""
+        own = self.state_dict()
+        for name, value in state_dict.items():
+            if name in own and torch.is_tensor(value) and value.shape != own[name].shape:
+                raise UserError(
+                    f"the checkpoint does not fit this model: {name} is"
+                    f" {list(value.shape)} there and {list(own[name].shape)} here; use the"
+                    " dictionaries and options (--codebook-size, --embed-dim, …) it was trained with"
+                )
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
+
+def build_embedding(dictionary: Dictionary, dimension: int) -> nn.Embedding:
+    embedding = nn.Embedding(len(dictionary), dimension, padding_idx=dictionary.pad())
+    nn.init.normal_(embedding.weight, std=1.0 / math.sqrt(dimension))
+    nn.init.zeros_(embedding.weight[dictionary.pad()])
+    return embedding
+
+
+def _defaults(args: Namespace, **values: Any) -> None:
+    for name, value in values.items():
+        setattr(args, name, getattr(args, name, value))
+
+
+@register_model_architecture("vqem_transformer", "vqem_transformer_small")
+def small_architecture(args: Namespace) -> None:
+    """CPU scale: what the demo trains."""
+    _defaults(
+        args,
+        embed_dim=256,
+        ffn_embed_dim=1024,
+        attention_heads=4,
+        encoder_layers=3,
+        latent_layers=2,
+        decoder_layers=3,
+        codebook_size=512,
+        codebook_decay=0.99,
+    )
+
+
+@register_model_architecture("vqem_transformer", "vqem_transformer_tiny")
+def tiny_architecture(args: Namespace) -> None:
+    """For tests."""
+    _defaults(
+        args,
+        embed_dim=32,
+        ffn_embed_dim=64,
+        attention_heads=2,
+        encoder_layers=1,
+        latent_layers=1,
+        decoder_layers=1,
+        codebook_size=16,
+        compress_steps=2,
+        codebook_decay=0.9,
+        quantise_schedule="0:1@4-8",
+        gold_schedule="0.5:0@4-8",
+    )

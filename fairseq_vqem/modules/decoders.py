@@ -1,0 +1,95 @@
+"""The two Transformer decoders: an autoregressive one over codes, a parallel one over words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from fairseq.data import Dictionary
+from fairseq.models.transformer import TransformerConfig, TransformerDecoderBase
+from torch import Tensor, nn
+
+EncoderOut = dict[str, list[Tensor]]
+
+
+class LatentDictionary(Dictionary):
+    """fairseq's special symbols followed by one symbol per code; EOS is the explicit end."""
+
+    def __init__(self, codebook_size: int) -> None:
+        super().__init__()
+        self.offset = len(self)
+        for code in range(codebook_size):
+            self.add_symbol(str(code))
+
+    def tokens(self, codes: Tensor) -> Tensor:
+        """Dictionary ids of code ids; a negative code stands for padding."""
+        return torch.where(codes < 0, self.pad(), codes + self.offset)
+
+    def codes(self, tokens: Tensor) -> Tensor:
+        """Code ids of dictionary ids; special symbols become -1."""
+        return torch.where(tokens < self.offset, -1, tokens - self.offset)
+
+
+class LatentPredictor(TransformerDecoderBase):
+    """The learned prior: an autoregressive Transformer over codes that attends to the source."""
+
+    def __init__(self, cfg: TransformerConfig, dictionary: LatentDictionary) -> None:
+        dimension = cfg.decoder.embed_dim
+        embeddings = nn.Embedding(len(dictionary), dimension, padding_idx=dictionary.pad())
+        nn.init.normal_(embeddings.weight, std=dimension**-0.5)
+        nn.init.zeros_(embeddings.weight[dictionary.pad()])
+        super().__init__(cfg, dictionary, embeddings)
+
+    def output_layer(self, features: Tensor) -> Tensor:
+        """Logits over codes and the end symbol; the other special symbols are impossible."""
+        logits = super().output_layer(features)
+        impossible = torch.tensor(
+            [self.dictionary.bos(), self.dictionary.pad(), self.dictionary.unk()],
+            device=logits.device,
+        )
+        return logits.index_fill(-1, impossible, torch.finfo(logits.dtype).min / 4)
+
+
+class ParallelDecoder(TransformerDecoderBase):
+    """All target positions in one pass from the expanded latents.
+
+    Parameter names are those of fairseq's own decoder, so that an AR teacher can initialise it.
+
+    Args:
+        attend_source: cross-attend to the source encoder (released code) or not (paper, 5.1.1).
+        causal: causal self-attention (paper and released code) or full.
+    """
+
+    def __init__(
+        self,
+        cfg: TransformerConfig,
+        dictionary: Dictionary,
+        embeddings: nn.Embedding,
+        attend_source: bool,
+        causal: bool,
+    ) -> None:
+        super().__init__(cfg, dictionary, embeddings, no_encoder_attn=not attend_source)
+        self.attend_source, self.causal = attend_source, causal
+
+    def forward(  # type: ignore[override]
+        self, inputs: Tensor, mask: Tensor, encoder_out: EncoderOut, **unused: Any
+    ) -> Tensor:
+        """Vocabulary logits ``[B, T, V]`` for ``inputs`` ``[B, T, D]`` under ``mask`` ``[B, T]``."""
+        pad = self.padding_idx
+        positions = self.embed_positions(torch.where(mask, pad + 1, pad))
+        x = self.dropout_module(inputs + positions).transpose(0, 1)
+        padding = None if bool(mask.all()) else ~mask
+        source = encoder_out["encoder_out"][0] if self.attend_source else None
+        source_padding = encoder_out["encoder_padding_mask"][0] if self.attend_source else None
+        future = self.buffered_future_mask(x) if self.causal else None
+        for layer in self.layers:
+            x, _, _ = layer(
+                x,
+                source,
+                source_padding,
+                self_attn_mask=future,
+                self_attn_padding_mask=padding,
+            )
+        if self.layer_norm is not None:
+            x = self.layer_norm(x)
+        return self.output_layer(x.transpose(0, 1))

@@ -1,0 +1,205 @@
+"""Translation with discrete latents on top of fairseq's translation task."""
+
+import json
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from fairseq import metrics, utils
+from fairseq.dataclass import ChoiceEnum
+from fairseq.tasks import register_task
+from fairseq.tasks.translation import TranslationConfig, TranslationTask
+from sacrebleu.metrics import BLEU
+from torch import Tensor
+
+from fairseq_vqem.errors import UserError
+from fairseq_vqem.generation.latent_generator import RESCORES, LatentGenerator, word_lengths
+from fairseq_vqem.generation.records import LatentSearchOptions
+from fairseq_vqem.models.config import option
+from fairseq_vqem.models.vqem_transformer import VQEMTransformer
+from fairseq_vqem.tasks.noise import drop_words, shuffle_words
+
+BLEU_ORDERS = 4
+
+
+@dataclass
+class TranslationVQEMConfig(TranslationConfig):
+    latent_beam: int = option(1, "beam of the latent search; 1 is greedy")
+    latent_candidates: int = option(1, "code sequences decoded per sentence, in one batch")
+    latent_temperature: float = option(0.0, "above 0: candidates are sampled at this temperature")
+    rescore: ChoiceEnum(RESCORES) = option(  # type: ignore[valid-type]
+        "none", "which candidate wins: latent search's first, best joint score, teacher's best"
+    )
+    stop_at_pad_latent: bool = option(
+        False, "end at the EOS/PAD latent of Appendix C (needs --latent-length source in training)"
+    )
+    latent_max_ratio: float = option(2.0, "longest output, as a multiple of the source length …")
+    latent_max_offset: int = option(16, "… plus this many tokens")
+    word_dropout: float = option(0.0, "share of words hidden from the target encoder (paper: 0.3)")
+    word_shuffle: float = option(0.0, "share of sentences whose words are shuffled (paper: 0.5)")
+    shuffle_distance: int = option(3, "how far a shuffled word may move")
+    eval_latent_bleu: bool = option(
+        False, "validation BLEU from predicted codes and from the posterior's codes (Figure 3)"
+    )
+
+
+@register_task("translation_vqem", dataclass=TranslationVQEMConfig)
+class TranslationVQEMTask(TranslationTask):
+    """fairseq's translation task with codebook updates, latent decoding and its two BLEUs."""
+
+    cfg: TranslationVQEMConfig
+    supports_latents = True
+
+    def __init__(self, cfg: TranslationVQEMConfig, src_dict: Any, tgt_dict: Any) -> None:
+        super().__init__(cfg, src_dict, tgt_dict)
+        for name in ("word_dropout", "word_shuffle"):
+            if not 0.0 <= getattr(cfg, name) <= 1.0:
+                raise UserError(
+                    f"--{name.replace('_', '-')} is {getattr(cfg, name)}: it must be in [0, 1]"
+                )
+        self.initialises_models = False
+        self.generator: LatentGenerator | None = None
+
+    def build_model(self, cfg: Any, from_checkpoint: bool = False) -> Any:
+        self.initialises_models = not from_checkpoint
+        return super().build_model(cfg, from_checkpoint)
+
+    # ------------------------------------------------------------------ training
+
+    def train_step(
+        self,
+        sample: dict[str, Any],
+        model: Any,
+        criterion: Any,
+        optimizer: Any,
+        update_num: int,
+        ignore_grad: bool = False,
+    ) -> tuple[Tensor, int, dict[str, Any]]:
+        """As fairseq; a dummy batch (``ignore_grad``) leaves no trace in the codebook."""
+        if self.cfg.word_dropout or self.cfg.word_shuffle:
+            sample["net_input"]["noised_target"] = self.noise(sample["target"])
+        result = super().train_step(sample, model, criterion, optimizer, update_num, ignore_grad)
+        if ignore_grad:
+            model.bottleneck.discard()
+        return result
+
+    def optimizer_step(self, optimizer: Any, model: Any, update_num: int) -> None:
+        """One M step of the codebook per optimiser step, whatever the gradient accumulation."""
+        super().optimizer_step(optimizer, model, update_num)
+        model.bottleneck.commit()
+
+    def noise(self, target: Tensor) -> Tensor:
+        """The target as the target encoder sees it (denoising, Appendix C)."""
+        pad, eos = self.target_dictionary.pad(), self.target_dictionary.eos()
+        noised = shuffle_words(target, self.cfg.word_shuffle, self.cfg.shuffle_distance, pad, eos)
+        return drop_words(noised, self.cfg.word_dropout, self.target_dictionary.unk(), pad, eos)
+
+    # ------------------------------------------------------------------ generation
+
+    def build_generator(
+        self, models: Sequence[Any], args: Any, **unused: Any
+    ) -> LatentGenerator | Any:
+        """fairseq's beam and re-ranker flags are understood as their latent counterparts."""
+        if not isinstance(models[0], VQEMTransformer):
+            return super().build_generator(models, args, **unused)
+        rescore = str(self.cfg.rescore)
+        if getattr(args, "iter_decode_with_external_reranker", False):
+            rescore = "teacher"
+        candidates = max(self.cfg.latent_candidates, getattr(args, "iter_decode_with_beam", 1))
+        if self.cfg.latent_beam < 1 or candidates < 1:
+            raise UserError("--latent-beam and --latent-candidates must be at least 1")
+        search = LatentSearchOptions(
+            beam=self.cfg.latent_beam,
+            candidates=candidates,
+            temperature=self.cfg.latent_temperature,
+            max_ratio=self.cfg.latent_max_ratio,
+            max_offset=self.cfg.latent_max_offset,
+            stop_code=models[0].pad_code() if self.cfg.stop_at_pad_latent else None,
+        )
+        history = getattr(args, "retain_iter_history", False)
+        return LatentGenerator(self.target_dictionary, models, search, rescore, history)
+
+    # ------------------------------------------------------------------ validation
+
+    def valid_step(
+        self, sample: dict[str, Any], model: Any, criterion: Any
+    ) -> tuple[Tensor, int, dict[str, Any]]:
+        loss, sample_size, log = super().valid_step(sample, model, criterion)
+        if self.cfg.eval_latent_bleu:
+            with torch.no_grad():
+                log.update(self.bleu_statistics("bleu", self.predicted(sample, model), sample))
+                log.update(
+                    self.bleu_statistics("posterior_bleu", self.posterior(sample, model), sample)
+                )
+        return loss, sample_size, log
+
+    def predicted(self, sample: dict[str, Any], model: Any) -> list[Tensor]:
+        """Greedy translations from the latent predictor's codes."""
+        generator = self.build_generator([model], Namespace(**json.loads(self.cfg.eval_bleu_args)))
+        return [hypotheses[0]["tokens"] for hypotheses in generator.generate([model], sample)]
+
+    def posterior(self, sample: dict[str, Any], model: VQEMTransformer) -> list[Tensor]:
+        """Reconstructions from the target's own codes: the autoencoder's ceiling."""
+        src_tokens = sample["net_input"]["src_tokens"]
+        src_lengths = sample["net_input"]["src_lengths"]
+        encoder_out = model.encoder(src_tokens, src_lengths=src_lengths)
+        codes = model.posterior_codes(sample["target"], src_lengths, encoder_out)
+        tokens = model.decode_codes(codes, encoder_out).argmax(-1)
+        positions = codes.ge(0).repeat_interleave(model.multiple, dim=1)
+        lengths = word_lengths(tokens, positions, self.target_dictionary.eos())
+        return [row[:n] for row, n in zip(tokens, lengths.tolist(), strict=True)]
+
+    def bleu_statistics(
+        self, name: str, hypotheses: list[Tensor], sample: dict[str, Any]
+    ) -> dict[str, int]:
+        """Summable n-gram statistics of sacreBLEU, one entry each so that workers can add them."""
+        references = [
+            utils.strip_pad(row, self.target_dictionary.pad()) for row in sample["target"]
+        ]
+        bleu = BLEU(effective_order=False).corpus_score(
+            [self.detokenise(h) for h in hypotheses],
+            [[self.detokenise(r, "UNKNOWNTOKENINREF") for r in references]],
+        )
+        log = {f"_{name}_sys_len": bleu.sys_len, f"_{name}_ref_len": bleu.ref_len}
+        for n in range(BLEU_ORDERS):
+            log[f"_{name}_counts_{n}"] = bleu.counts[n]
+            log[f"_{name}_totals_{n}"] = bleu.totals[n]
+        return log
+
+    def detokenise(self, tokens: Tensor, unknown: str = "UNKNOWNTOKENINHYP") -> str:
+        post_process = self.cfg.eval_bleu_remove_bpe or "sentencepiece"
+        return str(
+            self.target_dictionary.string(tokens.int().cpu(), post_process, unk_string=unknown)
+        )
+
+    def reduce_metrics(self, logging_outputs: list[dict[str, Any]], criterion: Any) -> None:
+        super().reduce_metrics(logging_outputs, criterion)
+        for name in ("bleu", "posterior_bleu"):
+            if any(f"_{name}_sys_len" in log for log in logging_outputs):
+                log_bleu(name, logging_outputs)
+
+
+def log_bleu(name: str, logging_outputs: list[dict[str, Any]]) -> None:
+    """Sum BLEU statistics over batches and workers and derive the corpus score from the sums."""
+    keys = ["sys_len", "ref_len"]
+    keys += [f"{kind}_{n}" for kind in ("counts", "totals") for n in range(BLEU_ORDERS)]
+    for key in keys:
+        total = sum(int(log.get(f"_{name}_{key}", 0)) for log in logging_outputs)
+        metrics.log_scalar_sum(f"_{name}_{key}", total)
+
+    def compute(meters: Any) -> float:
+        def sums(kind: str) -> list[int]:
+            return [int(meters[f"_{name}_{kind}_{n}"].sum) for n in range(BLEU_ORDERS)]
+
+        score = BLEU.compute_bleu(
+            correct=sums("counts"),
+            total=sums("totals"),
+            sys_len=int(meters[f"_{name}_sys_len"].sum),
+            ref_len=int(meters[f"_{name}_ref_len"].sum),
+            smooth_method="exp",
+        )
+        return round(score.score, 2)
+
+    metrics.log_derived(name, compute)

@@ -1,0 +1,187 @@
+"""Translator: N sentences in, N out, in order; and the teacher that other tests borrow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fairseq import options, tasks
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from omegaconf import OmegaConf
+
+from fairseq_vqem import Translator
+from fairseq_vqem.corpora.binarise import binarise
+from fairseq_vqem.corpora.files import write_lines
+from fairseq_vqem.corpora.subwords import train_subwords
+from fairseq_vqem.errors import UserError
+from fairseq_vqem.generation.api import batches_by_length, split_options
+
+ANIMALS = ["cat", "dog", "cow", "fox", "hen"]
+TIERE = ["Katze", "Hund", "Kuh", "Fuchs", "Huhn"]
+PAIRS = [(f"the {a} sees the {b}", f"{x} sieht {y}") for a, x in zip(ANIMALS, TIERE, strict=True)
+         for b, y in zip(ANIMALS, TIERE, strict=True)]  # fmt: skip
+PAIRS += [(f"the {a}", x) for a, x in zip(ANIMALS, TIERE, strict=True)]
+SPLITS = {"train": PAIRS, "valid": PAIRS[:3], "test": PAIRS[3:8]}
+MAX_POSITIONS = 24
+
+
+def make_data(folder: Path) -> Path:
+    """Binarise PAIRS into `folder`/data."""
+    for split, pairs in SPLITS.items():
+        write_lines(folder / "text" / f"{split}.en", (pair[0] for pair in pairs))
+        write_lines(folder / "text" / f"{split}.de", (pair[1] for pair in pairs))
+    files = [folder / "text" / f"train.{language}" for language in ("en", "de")]
+    subwords = train_subwords("sentencepiece", files, 50, folder)
+    binarise(folder / "text", folder / "data", "en", "de", subwords, workers=1)
+    return folder / "data"
+
+
+def make_teacher(data: Path, updates: int = 150) -> Path:
+    """Train a tiny AR model on PAIRS until it knows them by heart, and save it as fairseq does."""
+    torch.manual_seed(1)
+    size = ["--encoder-embed-dim", "32", "--encoder-ffn-embed-dim", "64", "--encoder-layers", "1"]
+    size += ["--decoder-embed-dim", "32", "--decoder-ffn-embed-dim", "64", "--decoder-layers", "1"]
+    size += ["--encoder-attention-heads", "2", "--decoder-attention-heads", "2", "--dropout", "0"]
+    words = [str(data), "--task", "translation", "-s", "en", "-t", "de", "--arch", "transformer"]
+    words += [*size, "--max-source-positions", str(MAX_POSITIONS), "--share-all-embeddings"]
+    config = convert_namespace_to_omegaconf(
+        options.parse_args_and_arch(options.get_training_parser(), words)
+    )
+    task = tasks.setup_task(config.task)
+    model = task.build_model(config.model)
+    task.load_dataset("train")
+    dataset = task.dataset("train")
+    sample = dataset.collater([dataset[index] for index in range(len(dataset))])
+    optimiser = torch.optim.Adam(model.parameters(), lr=5e-3)
+    for _ in range(updates):
+        logits, _ = model(**sample["net_input"])
+        loss = torch.nn.functional.cross_entropy(
+            logits.transpose(1, 2), sample["target"], ignore_index=1
+        )
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    history = {"criterion_name": "", "optimizer_name": "", "lr_scheduler_state": {}}
+    state: dict[str, Any] = {
+        "args": None,
+        "cfg": OmegaConf.to_container(config),
+        "model": model.state_dict(),
+        "optimizer_history": [{**history, "num_updates": updates}],
+        "extra_state": {"train_iterator": {"epoch": 1}},
+    }
+    torch.save(state, data.parent / "teacher.pt")
+    return data.parent / "teacher.pt"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("api")
+    make_teacher(make_data(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def translator(folder: Path) -> Translator:
+    return Translator.from_checkpoint(folder / "teacher.pt", folder / "data", beam=2, max_tokens=60)
+
+
+def test_translates_what_it_has_learnt(translator: Translator) -> None:
+    sources, targets = zip(*PAIRS, strict=True)
+    assert translator.translate(sources) == list(targets)
+
+
+@pytest.mark.parametrize("count", range(34))
+def test_as_many_out_as_in_and_in_order(translator: Translator, count: int) -> None:
+    pairs = (PAIRS * 2)[:count][::-1]
+    outputs = translator.translate([source for source, _ in pairs])
+    assert outputs == [target for _, target in pairs]
+
+
+def test_empty_and_unknown_lines(translator: Translator) -> None:
+    outputs = translator.translate(["", "the cat", "  \t", "猫 ☃ ~", "the dog", ""])
+    assert [outputs[index] for index in (0, 1, 2, 4, 5)] == ["", "Katze", "", "Hund", ""]
+    assert len(outputs) == 6
+
+
+def test_line_that_is_too_long_is_named(translator: Translator) -> None:
+    with pytest.raises(UserError, match=r"Line 3 has \d+ subwords .* at most 24"):
+        translator.translate(["the cat", "", "the cat " * 20])
+
+
+def test_batch_gives_hypotheses_in_the_order_of_the_sentences(translator: Translator) -> None:
+    sentences = ["the cat", "the dog sees the cat", "the fox"]
+    hypotheses = translator.translate_batch(translator.encode(sentences))
+    texts = [translator.decode(hypothesis["tokens"]) for hypothesis in hypotheses]
+    assert texts == ["Katze", "Hund sieht Katze", "Fuchs"]
+    assert all(float(hypothesis["score"]) < 0 for hypothesis in hypotheses)
+
+
+def test_ensemble_and_half_precision(folder: Path) -> None:
+    both = f"{folder / 'teacher.pt'}:{folder / 'teacher.pt'}"
+    ensemble = Translator.from_checkpoint(both, folder / "data", beam=2, dtype="bfloat16")
+    assert len(ensemble.models) == 2
+    assert next(ensemble.models[1].parameters()).dtype is torch.bfloat16
+    assert ensemble.translate(["the cow"]) == ["Kuh"]
+
+
+def test_options_reach_generator_and_task(folder: Path) -> None:
+    translator = Translator.from_checkpoint(
+        folder / "teacher.pt", folder / "data", beam=3, task_overrides={"max_source_positions": 6}
+    )
+    assert translator.generator.beam_size == 3
+    assert translator.max_source_tokens == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"beem": 4}, "no option beem"),
+        ({"beam": "many"}, "wrong value"),
+        ({"task_overrides": {"latent_beam": 4}}, "option latent_beam"),
+        ({"dtype": "float8"}, "Unknown dtype 'float8'"),
+        ({"device": "abacus"}, "Unknown device"),
+    ],
+)
+def test_bad_options_are_user_errors(folder: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Translator.from_checkpoint(folder / "teacher.pt", folder / "data", **options)
+
+
+def test_bad_files_are_user_errors(folder: Path, tmp_path: Path) -> None:
+    content = (folder / "teacher.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(content[: len(content) // 2])
+    (tmp_path / "empty.pt").write_bytes(b"")
+    with pytest.raises(UserError, match=r"none.pt does not exist"):
+        Translator.from_checkpoint(tmp_path / "none.pt", folder / "data")
+    for name in ("cut.pt", "empty.pt"):
+        with pytest.raises(UserError, match=f"{name} is damaged"):
+            Translator.from_checkpoint(tmp_path / name, folder / "data")
+    with pytest.raises(UserError, match=r"data directory .* does not exist"):
+        Translator.from_checkpoint(folder / "teacher.pt", tmp_path / "data")
+    with pytest.raises(UserError, match=r"lacks dict.en.txt"):
+        Translator.from_checkpoint(folder / "teacher.pt", tmp_path)
+
+
+def test_checkpoint_of_other_data_is_a_user_error(folder: Path, tmp_path: Path) -> None:
+    for path in (folder / "data").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    for language in ("en", "de"):
+        (tmp_path / f"dict.{language}.txt").write_text("only 1\nthree 1\nwords 1\n")
+    with pytest.raises(UserError, match="does not fit the dictionaries"):
+        Translator.from_checkpoint(folder / "teacher.pt", tmp_path)
+
+
+def test_batches_are_full_sorted_and_complete() -> None:
+    lengths = [3, 9, 1, 5, 5, 20]
+    batches = list(batches_by_length(lengths, 12))
+    assert batches == [[5], [1], [3, 4], [0, 2]]
+    assert list(batches_by_length([], 12)) == []
+
+
+def test_options_are_divided() -> None:
+    mixed = {"beam": 4, "latent_beam": 2, "rescore": "teacher", "lenpen": 0.6}
+    generation, task = split_options(mixed)
+    assert generation == {"beam": 4, "lenpen": 0.6}
+    assert task == {"latent_beam": 2, "rescore": "teacher"}

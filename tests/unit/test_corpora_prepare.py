@@ -1,0 +1,100 @@
+"""The command line of ``prepare``, from the arguments to binarised data."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from fairseq_vqem.corpora import prepare, sample
+from fairseq_vqem.corpora.archive_table import ARCHIVE_CORPORA
+from fairseq_vqem.corpora.binarise import data_checksum
+from fairseq_vqem.corpora.splits import Pair
+from fairseq_vqem.corpora.subwords import load_subwords
+from fairseq_vqem.errors import UserError
+
+
+def run(*arguments: str) -> int:
+    parser = argparse.ArgumentParser()
+    prepare.register(parser.add_subparsers(required=True))
+    args = parser.parse_args(["prepare", *arguments])
+    result = args.run(args)
+    assert isinstance(result, int)
+    return result
+
+
+@pytest.fixture
+def small_sample(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Pair]]:
+    small = {split: pairs[:60] for split, pairs in sample.load_sample().items()}
+    monkeypatch.setattr(sample, "load_sample", lambda: small)
+    return small
+
+
+def no_training(*args: object, **kwargs: object) -> None:
+    raise AssertionError("trained again")
+
+
+@pytest.mark.parametrize(("kind", "size"), [("sentencepiece", "250"), ("subword-nmt", "100")])
+def test_prepare_sample(
+    small_sample: dict[str, list[Pair]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+    size: str,
+) -> None:
+    arguments = ("sample", "--out", str(tmp_path), "--subwords", kind, "--vocab-size", size)
+    assert run(*arguments) == 0
+    checksum = data_checksum(tmp_path / "binarised")
+    assert checksum in capsys.readouterr().out
+    lines = (tmp_path / "raw" / "test.de").read_text(encoding="utf-8").split("\n")[:-1]
+    assert lines == [target for _, target in small_sample["test"]]
+    assert load_subwords(tmp_path / "binarised").kind == kind
+
+    monkeypatch.setattr(prepare, "train_subwords", no_training)
+    assert run(*arguments) == 0
+    assert data_checksum(tmp_path / "binarised") == checksum
+    with pytest.raises(AssertionError, match="trained again"):
+        run(*arguments[:-1], str(int(size) + 10))
+
+
+def test_rebuild(tmp_path: Path) -> None:
+    pool = tmp_path / "de.lohelp.tsv"
+    pairs = sample.load_sample()["train"][:300]
+    rows = "".join(f"lohelp\t{source}\t{target}\n" for source, target in pairs)
+    pool.write_text(rows, encoding="utf-8")
+    out = tmp_path / "data"
+    assert run("sample", "--rebuild-from", str(pool), "--out", str(out)) == 0
+    assert set(sample.load_sample(out)) == {"train", "valid", "test"}
+
+
+def test_debian_without_apt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="Debian"):
+        run("debian", "--lang", "de", "--groups", "lohelp", "--out", str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("name", ARCHIVE_CORPORA)
+def test_archives_need_downloads(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="lacks"):
+        run(name, "--downloads", str(tmp_path), "--out", str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("sample",),
+        ("films", "--out", "x"),
+        ("debian", "--out", "x"),
+        ("sample", "--out", "x", "--vocab-size", "0"),
+        ("sample", "--out", "x", "--subwords", "morphemes"),
+        ("wmt14-en-de", "--out", "x"),
+    ],
+)
+def test_wrong_usage(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run(*arguments)
+    assert caught.value.code == 2
+    assert "usage" in capsys.readouterr().err
