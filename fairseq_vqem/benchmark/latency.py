@@ -149,7 +149,7 @@ def _run(arguments: argparse.Namespace) -> int:
         len(sentences),
         repeats=arguments.repeats,
         burn_in=arguments.burn_in,
-        synchronise=torch.cuda.synchronize if arguments.device.startswith("cuda") else _nothing,
+        synchronise=_synchroniser(arguments.device),
     )
     parameters = {name: translator.parameters for name, translator in translators.items()}
     lengths = [int(sample["net_input"]["src_lengths"][0]) for sample in samples[arguments.baseline]]
@@ -246,5 +246,9 @@ def _sentence_translator(
     return lambda index: translator.translate_batch(samples[index])
 
 
-def _nothing() -> None:
-    """There is no device to wait for."""
+def _synchroniser(device: str) -> Callable[[], object]:
+    import torch
+
+    if device.startswith("cuda"):
+        return lambda: torch.cuda.synchronize(torch.device(device))
+    return lambda: None

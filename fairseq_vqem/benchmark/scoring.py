@@ -78,10 +78,10 @@ def score(
         bleu_score = bleu.corpus_score(hypotheses, [references], n_bootstrap=max(1, bootstrap))
         chrf_score = chrf.corpus_score(hypotheses, [references], n_bootstrap=max(1, bootstrap))
     return Scores(
-        bleu=bleu_score.score,
-        bleu_ci=bleu_score._ci if bootstrap > 1 else None,
-        chrf=chrf_score.score,
-        chrf_ci=chrf_score._ci if bootstrap > 1 else None,
+        bleu=float(bleu_score.score),
+        bleu_ci=float(bleu_score._ci) if bootstrap > 1 else None,
+        chrf=float(chrf_score.score),
+        chrf_ci=float(chrf_score._ci) if bootstrap > 1 else None,
         sentences=len(hypotheses),
         signatures={"BLEU": str(bleu.get_signature()), "chrF": str(chrf.get_signature())},
     )
@@ -109,8 +109,9 @@ def paired_bootstrap(
         test = PairedTest(list(systems.items()), metrics, None, test_type="bs", n_samples=samples)
         results: dict[str, list[Any]] = test()[1]
     bleu_name, chrf_name = (name for name in results if name != "System")
+    bleu_base, chrf_base = results[bleu_name][0], results[chrf_name][0]
     return [
-        PairedScore(name, bleu.score, bleu.ci, bleu.p_value, chrf.score, chrf.ci, chrf.p_value)
+        PairedScore(name, *_plain(bleu, bleu_base), *_plain(chrf, chrf_base))
         for name, bleu, chrf in zip(systems, results[bleu_name], results[chrf_name], strict=True)
     ]
 
@@ -188,6 +189,14 @@ def _run(arguments: argparse.Namespace) -> int:
         signature = make_signature(seed=arguments.seed, sacrebleu=scores.signatures)
         write_result(arguments.output, payload, signature)
     return 0
+
+
+def _plain(result: Any, baseline: Any) -> tuple[float, float, float | None]:
+    # sacreBLEU's bootstrap finds equal outputs different with p = 1 / (samples + 1).
+    p_value = 1.0 if result.score == baseline.score else result.p_value
+    # Its numbers may be float32, which JSON cannot write.
+    plain_p = None if result is baseline else float(p_value)
+    return float(result.score), float(result.ci), plain_p
 
 
 def _with_interval(value: float, half_width: float | None) -> str:

@@ -59,11 +59,15 @@ class Bottleneck(nn.Module):
     A bottleneck only ever sees real latent positions: callers select them by mask, so that padding
     can touch neither statistics nor losses. Statistics gathered in ``forward`` take effect in
     ``commit``, which the task calls once per optimiser step.
+
+    Attributes:
+        gathers: whether training gathers statistics; the task unsets it for a dummy batch.
     """
 
     def __init__(self, options: BottleneckOptions) -> None:
         super().__init__()
         self.options = options
+        self.gathers = True
 
     @property
     def codebook_size(self) -> int:

@@ -66,7 +66,7 @@ class EMACodebook(nn.Module):
         return self
 
     def logits(self, vectors: Tensor) -> Tensor:
-        """``-‖x - e‖²`` up to a constant per row, ``[N, K]``, for float32 ``vectors`` ``[N, D]``."""
+        """``-‖x - e‖²`` but for a constant a row, ``[N, K]``; float32 rows ``[N, D]``."""
         norms = self.embeddings.pow(2).sum(1)
         return torch.addmm(norms, vectors, self.embeddings.t(), beta=-1, alpha=2)
 
@@ -75,7 +75,7 @@ class EMACodebook(nn.Module):
         m = samples.size(1)
         ids = samples.reshape(-1)
         self.pending_counts += torch.bincount(ids, minlength=self.size).to(vectors.dtype) / m
-        rows = vectors.unsqueeze(1).expand(-1, m, -1).reshape(ids.numel(), -1)
+        rows = vectors.repeat_interleave(m, dim=0)
         self.pending_sums.index_add_(0, ids, rows, alpha=1.0 / m)
         self._has_pending_hits = True
 
@@ -85,10 +85,16 @@ class EMACodebook(nn.Module):
 
     @torch.no_grad()
     def commit(self) -> None:
-        """The M step on what all workers gathered; every worker must call it equally often."""
-        if self._pending_observations:
-            self._store_observations(gather_rows(torch.cat(self._pending_observations)))
-        if self._has_pending_hits:
+        """The M step on what all workers gathered; every worker must call it equally often.
+
+        A worker that gathered nothing takes part all the same: the others wait for it.
+        """
+        observed = bool(self._pending_observations)
+        observed, hit = on_any_worker(self.counts.device, observed, self._has_pending_hits)
+        if observed:
+            none = self.embeddings.new_empty(0, self.embeddings.size(1))
+            self._store_observations(gather_rows(torch.cat([none, *self._pending_observations])))
+        if hit:
             if distributed():
                 dist.all_reduce(self.pending_counts)
                 dist.all_reduce(self.pending_sums)
@@ -125,6 +131,15 @@ class EMACodebook(nn.Module):
 
 def distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def on_any_worker(device: torch.device, *here: bool) -> list[bool]:
+    """Which of the conditions ``here`` hold on at least one worker."""
+    if not distributed():
+        return list(here)
+    anywhere = torch.tensor(here, dtype=torch.long, device=device)
+    dist.all_reduce(anywhere)
+    return [bool(count) for count in anywhere.tolist()]
 
 
 def gather_rows(rows: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ class EMBottleneck(Bottleneck):
             codes = logits.argmax(1)
             samples = self.sample(logits) if self.training else codes.unsqueeze(1)
             quantised = self.codebook.embeddings[samples].mean(1)
-            if self.training:
+            if self.training and self.gathers:
                 self.codebook.add_hits(detached, samples)
         commitment = (rows - quantised).pow(2).mean(1)
         latents = straight_through(rows, quantised).to(vectors.dtype)
@@ -50,7 +50,8 @@ class EMBottleneck(Bottleneck):
         return self.codebook.embeddings[codes]
 
     def observe(self, vectors: Tensor) -> None:
-        self.codebook.observe(vectors)
+        if self.gathers:
+            self.codebook.observe(vectors)
 
     def commit(self) -> None:
         self.codebook.commit()

@@ -115,7 +115,7 @@ def _run_sample(args: argparse.Namespace) -> int:
         for split, description in manifest["splits"].items():
             print(f"{split}: {description['pairs']} pairs")
         return 0
-    sample.write_sample(args.out / RAW)
+    sample.write_sample(args.out / RAW, args.max_words)
     request = SubwordRequest(args.subwords, args.vocab_size)
     prepare_from_raw(args.out, sample.SOURCE_LANG, sample.TARGET_LANG, request, args.workers)
     return 0
@@ -142,6 +142,12 @@ def _run_archives(args: argparse.Namespace) -> int:
 def _add_sample(corpora: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = corpora.add_parser("sample", help="the embedded English-German sample")
     _add_output_options(parser, SAMPLE_VOCABULARY)
+    parser.add_argument(
+        "--max-words",
+        type=_positive,
+        metavar="N",
+        help="leave out pairs with a side of more words (default: keep all)",
+    )
     parser.add_argument(
         "--rebuild-from",
         type=Path,

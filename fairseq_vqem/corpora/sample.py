@@ -70,13 +70,21 @@ def load_sample(folder: Traversable | None = None) -> dict[str, list[Pair]]:
     return sample
 
 
-def write_sample(directory: Path) -> None:
+def write_sample(directory: Path, max_words: int | None = None) -> None:
     """Write ``{train,valid,test}.{en,de}`` as plain text, one sentence a line.
+
+    Args:
+        max_words: leave out pairs with a longer side, in words between spaces; None keeps all.
 
     Raises:
         UserError: the embedded files are damaged.
     """
-    for split, pairs in load_sample().items():
+    for split, every in load_sample().items():
+        pairs = [
+            pair
+            for pair in every
+            if max_words is None or max(len(side.split()) for side in pair) <= max_words
+        ]
         write_lines(directory / f"{split}.{SOURCE_LANG}", (pair[0] for pair in pairs))
         write_lines(directory / f"{split}.{TARGET_LANG}", (pair[1] for pair in pairs))
 

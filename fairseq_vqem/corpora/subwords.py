@@ -31,8 +31,9 @@ SENTENCEPIECE_TO_FAIRSEQ_SPECIALS = 1
 class SubwordModel(ABC):
     """Splits lines into space-separated pieces and joins them again.
 
-    White space is the only thing not kept exactly: runs of it become one space, and it is removed
-    at both ends. An empty line gives an empty line.
+    White space is not kept exactly: runs of it become one space, and it is removed at both ends.
+    All else comes back unchanged, except for the mark of the model itself (U+2581 for
+    SentencePiece, a word ending in ``@@`` for subword-nmt). An empty line gives an empty line.
     """
 
     kind: str

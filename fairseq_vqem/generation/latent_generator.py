@@ -116,12 +116,11 @@ class LatentGenerator(IterativeRefinementGenerator):
     ) -> list[dict[str, Any]]:
         """One hypothesis for each of the B·C code sequences, decoded in one batch."""
         codes = latent.codes.flatten(0, 1)
-        empty = codes[:, :1].lt(0).all(1)
-        codes = torch.where(
-            empty.unsqueeze(1) & (torch.arange(codes.size(1), device=codes.device) == 0), 0, codes
-        )
+        empty = codes[:, 0].lt(0)
+        decodable = codes.clone()
+        decodable[empty, 0] = 0  # attention over nothing is undefined
         log_probabilities = average_log_probabilities(
-            [m.decode_codes(codes, out) for m, out in zip(students, encoder_outs, strict=True)]
+            [m.decode_codes(decodable, out) for m, out in zip(students, encoder_outs, strict=True)]
         )
         log_probabilities[..., [self.pad, self.bos]] = float("-inf")
         scores, tokens = log_probabilities.max(-1)

@@ -2,7 +2,7 @@
 
 from argparse import SUPPRESS, BooleanOptionalAction
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Optional
 
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.models.transformer import TransformerConfig
@@ -69,7 +69,7 @@ class VQEMTransformerConfig(FairseqDataclass):
     gold_schedule: str = option(
         "0.9:0.0@1000-20k", "share of decoder inputs replaced by gold embeddings, by update"
     )
-    init_from: str | None = option(
+    init_from: Optional[str] = option(
         None, "AR Transformer checkpoint whose encoder, decoder and embeddings start the student"
     )
 

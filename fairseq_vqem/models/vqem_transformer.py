@@ -121,7 +121,7 @@ class VQEMTransformer(FairseqEncoderDecoderModel):
         if cfg.share_all_embeddings and source != target:
             raise UserError(
                 "the source and target dictionaries differ, so embeddings cannot be shared:"
-                " preprocess with --joined-dictionary or pass --share-all-embeddings false"
+                " preprocess with --joined-dictionary or pass --no-share-all-embeddings"
             )
         embeddings = build_embedding(target, cfg.embed_dim)
         shared = cfg.share_all_embeddings
@@ -148,7 +148,7 @@ class VQEMTransformer(FairseqEncoderDecoderModel):
         self.num_updates = num_updates
         super().set_num_updates(num_updates)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         src_tokens: Tensor,
         src_lengths: Tensor,
@@ -169,6 +169,7 @@ class VQEMTransformer(FairseqEncoderDecoderModel):
             rows = torch.where(keep, rows, result.latents)
         elif self.training:
             self.bottleneck.observe(rows)
+            rows = rows + self.zero_of_idle_parameters()
         latents = vectors.new_zeros(vectors.shape)
         latents[latent_mask] = rows.to(latents.dtype)
         logits, labels = self.reconstruct(latents, latent_mask, encoder_out, target)
@@ -177,6 +178,14 @@ class VQEMTransformer(FairseqEncoderDecoderModel):
             latent_tokens = self.latent_tokens(result.codes, latent_mask)
             latent_logits = self.predict_latents(latent_tokens, encoder_out)
         return VQEMOutput(logits, labels, result, latent_logits, latent_tokens, latent_mask)
+
+    def zero_of_idle_parameters(self) -> Tensor:
+        """Zero, as a function of the parameters that the warm-up may leave without a gradient.
+
+        DistributedDataParallel fails unless every parameter receives one.
+        """
+        idle = [*self.encoder.parameters(), *self.latent_predictor.parameters()]
+        return 0.0 * torch.stack([parameter.flatten()[:1].sum() for parameter in idle]).sum()
 
     def encode_target(
         self, target: Tensor, src_lengths: Tensor, encoder_out: EncoderOut
@@ -264,9 +273,11 @@ class VQEMTransformer(FairseqEncoderDecoderModel):
                 "--stop-at-pad-latent needs a model trained with --latent-length source: this one"
                 " predicts an explicit end symbol and stops by itself"
             )
+        self.eval()  # a generator may be built while dropout is still on
         device = self.decoder.embed_tokens.weight.device
         empty = torch.full((1, 1), self.eos, device=device)
-        lengths = torch.tensor([8 * self.multiple], device=device)
+        length = min(8 * self.multiple, self.cfg.max_target_positions // 2)
+        lengths = torch.tensor([length], device=device)
         codes = self.posterior_codes(empty, lengths, self.encoder(empty, src_lengths=lengths))
         return int(codes[0, codes.size(1) // 2 :].mode().values)
 
@@ -286,7 +297,7 @@ class VQEMTransformer(FairseqEncoderDecoderModel):
                 raise UserError(
                     f"the checkpoint does not fit this model: {name} is"
                     f" {list(value.shape)} there and {list(own[name].shape)} here; use the"
-                    " dictionaries and options (--codebook-size, --embed-dim, …) it was trained with"
+                    " dictionaries and options (--codebook-size, --embed-dim, …) of its training"
                 )
         return super().load_state_dict(state_dict, *args, **kwargs)
 
@@ -308,12 +319,12 @@ def small_architecture(args: Namespace) -> None:
     """CPU scale: what the demo trains."""
     _defaults(
         args,
-        embed_dim=256,
-        ffn_embed_dim=1024,
+        embed_dim=192,
+        ffn_embed_dim=512,
         attention_heads=4,
         encoder_layers=3,
         latent_layers=2,
-        decoder_layers=3,
+        decoder_layers=2,
         codebook_size=512,
         codebook_decay=0.99,
     )

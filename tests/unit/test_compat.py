@@ -419,15 +419,15 @@ def test_the_sacrebleu_flag_and_other_scorers() -> None:
     assert not hasattr(scoring.build_scorer("bleu", dictionary), "add_string")
     for name in ("bleu", "sacrebleu"):
         cfg = scoring_config(name)
-        compat._score_with_sacrebleu(cfg)
+        compat.generation._score_with_sacrebleu(cfg)
         assert cfg.scoring._name == "sacrebleu"
     cfg = scoring_config("bleu")
-    compat._score_with_sacrebleu(cfg)
+    compat.generation._score_with_sacrebleu(cfg)
     scorer = scoring.build_scorer(cfg.scoring, dictionary)
     scorer.add_string("a b c d e", "a b c d e")
     assert "BLEU = 100.00" in scorer.result_string()
     with pytest.raises(UserError, match="--sacrebleu contradicts --scoring chrf"):
-        compat._score_with_sacrebleu(scoring_config("chrf"))
+        compat.generation._score_with_sacrebleu(scoring_config("chrf"))
 
 
 # --- several processes -------------------------------------------------------------------------
@@ -460,7 +460,7 @@ def no_gpu() -> Iterator[None]:
 
 @pytest.mark.usefixtures("no_gpu")
 def test_torchrun_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in zip(compat._LAUNCHER_VARIABLES, ("localhost", "1", "2", "1"), strict=True):
+    for name, value in zip(compat.processes._LAUNCHER_VARIABLES, ("localhost", "1", "2", "1"), strict=True):
         monkeypatch.setenv(name, value)
     unconnected = training_config()
     compat.original(distributed_utils.infer_init_method)(unconnected)

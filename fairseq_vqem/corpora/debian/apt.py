@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
+from fairseq_vqem.corpora.files import READ_CHUNK
 from fairseq_vqem.errors import UserError
 
 APT_HELPER = Path("/usr/lib/apt/apt-helper")
@@ -76,14 +77,14 @@ class PackageStore:
         return folders
 
     def description_index(self, lang: str) -> str | None:
-        """Return the package descriptions in `lang` (a few MB), or None if there are none."""
+        """Return the package descriptions in `lang` (a few MB), or None if apt has none."""
         self._update_index()
         files = []
         for path in sorted((self.folder / "lists").iterdir()):
             match = TRANSLATION_INDEX.search(path.name)
             if match and match[1] == lang and not any(s in path.name for s in MINOR_SUITES):
                 files.append(str(path))
-        if not files:
+        if not files or not APT_HELPER.is_file():
             return None
         return self._run([str(APT_HELPER), "cat-file", *files], "read the package descriptions")
 
@@ -132,15 +133,7 @@ class PackageStore:
         partial = folder.with_name(f".{name}.part")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        archive = self._archives(name)[-1]
-        command = ["dpkg-deb", "--fsys-tarfile", str(archive)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
-            assert process.stdout is not None
-            try:
-                with tarfile.open(fileobj=process.stdout, mode="r|") as members:
-                    _extract_wanted(members, partial)
-            except tarfile.TarError as error:
-                raise UserError(f"{archive} is damaged; delete it and run again.") from error
+        _extract_package(self._archives(name)[-1], partial)
         os.replace(partial, folder)
         return folder
 
@@ -157,10 +150,27 @@ class PackageStore:
         if result.returncode != 0:
             details = result.stderr.strip().splitlines() or ["no message"]
             raise UserError(
-                f"Could not {purpose}: {command[0]} says '{details[-1]}'; check the network "
+                f"Could not {purpose}: {command[0]} says '{details[0]}'; check the network "
                 "connection and that apt has package sources, then run again."
             )
         return result.stdout
+
+
+def _extract_package(archive: Path, folder: Path) -> None:
+    command = ["dpkg-deb", "--fsys-tarfile", str(archive)]
+    problem: Exception | None = None
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        try:
+            with tarfile.open(fileobj=process.stdout, mode="r|") as members:
+                _extract_wanted(members, folder)
+            # Whatever follows the last member must be read, or dpkg-deb seems to have failed.
+            while process.stdout.read(READ_CHUNK):
+                pass
+        except tarfile.TarError as error:
+            problem = error
+    if problem is not None or process.returncode != 0:
+        raise UserError(f"{archive} is damaged; delete it and run again.") from problem
 
 
 def _extract_wanted(members: Iterable[tarfile.TarInfo], folder: Path) -> None:

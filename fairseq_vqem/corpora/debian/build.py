@@ -64,7 +64,7 @@ def build_corpus(
         lang: the language beside English, as Debian names it (``de``, ``pt_BR``).
         groups: names out of `GROUP_PACKAGES`; empty for all.
         out_dir: receives the splits; a label names the source of each pair.
-        work_dir: packages, unpacked files and finished groups; some hundred MB.
+        work_dir: packages, unpacked files and finished groups; up to some GB.
         rule: sizes of the splits and which pairs may be evaluated on.
 
     Returns:

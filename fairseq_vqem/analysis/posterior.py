@@ -1,0 +1,79 @@
+"""Reconstruction from the target's own codes: how good the autoencoder is without its predictor."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from fairseq import checkpoint_utils, utils
+
+from fairseq_vqem.benchmark.scoring import score
+from fairseq_vqem.corpora.files import write_lines
+from fairseq_vqem.corpora.subwords import load_subwords
+from fairseq_vqem.errors import UserError
+from fairseq_vqem.tasks.translation_vqem import TranslationVQEMTask
+
+
+@torch.no_grad()
+def reconstruct(
+    checkpoint: str, data: Path, split: str = "test", device: str = "cpu"
+) -> tuple[list[str], list[str]]:
+    """Decode every target of ``split`` from its posterior's codes, in the order of the data.
+
+    Returns:
+        Reconstructions and references, as plain text.
+
+    Raises:
+        UserError: the checkpoint is not a ``vqem_transformer``.
+    """
+    models, _, task = checkpoint_utils.load_model_ensemble_and_task(
+        [checkpoint], arg_overrides={"data": str(data)}
+    )
+    if not isinstance(task, TranslationVQEMTask):
+        raise UserError(f"{checkpoint} has no latents: give the checkpoint of a vqem_transformer")
+    model = models[0].eval().to(device)
+    task.load_dataset(split)
+    dataset = task.dataset(split)
+    iterator = task.get_batch_iterator(
+        dataset, max_sentences=64, required_batch_size_multiple=1
+    ).next_epoch_itr(shuffle=False)
+    subwords = load_subwords(data)
+    texts: dict[int, tuple[str, str]] = {}
+    for sample in iterator:
+        if device != "cpu":
+            sample = utils.move_to_cuda(sample)
+        for number, tokens, target in zip(
+            sample["id"].tolist(), task.posterior(sample, model), sample["target"], strict=True
+        ):
+            reference = utils.strip_pad(target, task.target_dictionary.pad())
+            texts[number] = (
+                subwords.decode(task.target_dictionary.string(tokens)),
+                subwords.decode(task.target_dictionary.string(reference)),
+            )
+    ordered = [texts[number] for number in sorted(texts)]
+    return [hypothesis for hypothesis, _ in ordered], [reference for _, reference in ordered]
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add ``fairseq-vqem reconstruct``."""
+    parser = subparsers.add_parser(
+        "reconstruct", help="decode targets from their own codes (the autoencoder's ceiling)"
+    )
+    parser.add_argument("--checkpoint", required=True)
+    parser.add_argument("--data", type=Path, required=True, help="binarised data")
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--output", type=Path, help="write the reconstructions here")
+    parser.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    hypotheses, references = reconstruct(
+        arguments.checkpoint, arguments.data, arguments.split, arguments.device
+    )
+    if arguments.output:
+        write_lines(arguments.output, hypotheses)
+    scores = score(hypotheses, references)
+    print(f"posterior BLEU {scores.bleu:.2f} ± {scores.bleu_ci:.2f}, chrF {scores.chrf:.2f}")
+    return 0

@@ -1,0 +1,52 @@
+"""``fairseq-vqem COMMAND``: everything around fairseq-train and fairseq-generate."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import fairseq_vqem
+from fairseq_vqem.analysis import posterior
+from fairseq_vqem.benchmark import latency, scoring, tables
+from fairseq_vqem.corpora import distill, prepare
+from fairseq_vqem.errors import UserError
+from fairseq_vqem.pipeline import command as pipeline
+
+COMMANDS = (prepare, distill, pipeline, posterior, scoring, latency, tables)
+
+
+def user_dir() -> str:
+    """The folder to pass to fairseq's ``--user-dir``."""
+    return str(Path(fairseq_vqem.__file__).parent)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fairseq-vqem", description=fairseq_vqem.__doc__)
+    parser.add_argument("--version", action="version", version=fairseq_vqem.__version__)
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    folder = subparsers.add_parser("user-dir", help="print the folder for fairseq's --user-dir")
+    folder.set_defaults(run=_print_user_dir)
+    for module in COMMANDS:
+        module.register(subparsers)
+    return parser
+
+
+def _print_user_dir(arguments: argparse.Namespace) -> int:
+    print(user_dir())
+    return 0
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run one command; a ``UserError`` becomes one line and exit status 1."""
+    arguments = build_parser().parse_args(words)
+    try:
+        return int(arguments.run(arguments))
+    except UserError as error:
+        print(f"fairseq-vqem: error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""Work-arounds for defects of fairseq 0.12 on today's Python, torch, numpy and sacreBLEU.
+
+Each public function mends one defect, which its docstring names. ``apply()`` runs them all; it is
+called when the plugin is imported, and calling it again does nothing. A patched function keeps the
+one that it replaces: see ``original``.
+"""
+
+from fairseq_vqem.compat.batches import keep_bf16_off_tpu, keep_last_batch
+from fairseq_vqem.compat.checkpoints import (
+    allow_fairseq_classes_in_checkpoints,
+    allow_in_checkpoints,
+    copy_checkpoints_atomically,
+    explain_bad_checkpoints,
+    refuse_missing_restore_file,
+    restart_failed_saves,
+)
+from fairseq_vqem.compat.generation import (
+    SynchronisedStopwatch,
+    honour_sacrebleu_flag,
+    mend_rerank,
+    rerank,
+    synchronise_generation_timer,
+)
+from fairseq_vqem.compat.messages import (
+    install_error_hook,
+    recognise_own_user_dir,
+    silence_known_warnings,
+)
+from fairseq_vqem.compat.patching import original
+from fairseq_vqem.compat.processes import enable_cpu_data_parallel, enable_torchrun
+
+__all__ = [
+    "SynchronisedStopwatch",
+    "allow_fairseq_classes_in_checkpoints",
+    "allow_in_checkpoints",
+    "apply",
+    "copy_checkpoints_atomically",
+    "enable_cpu_data_parallel",
+    "enable_torchrun",
+    "explain_bad_checkpoints",
+    "honour_sacrebleu_flag",
+    "install_error_hook",
+    "keep_bf16_off_tpu",
+    "keep_last_batch",
+    "mend_rerank",
+    "original",
+    "recognise_own_user_dir",
+    "refuse_missing_restore_file",
+    "rerank",
+    "restart_failed_saves",
+    "silence_known_warnings",
+    "synchronise_generation_timer",
+]
+
+
+def apply() -> None:
+    """Install every work-around; safe to call more than once."""
+    allow_fairseq_classes_in_checkpoints()
+    keep_last_batch()
+    keep_bf16_off_tpu()
+    mend_rerank()
+    synchronise_generation_timer()
+    honour_sacrebleu_flag()
+    explain_bad_checkpoints()
+    refuse_missing_restore_file()
+    copy_checkpoints_atomically()
+    restart_failed_saves()
+    enable_cpu_data_parallel()
+    enable_torchrun()
+    recognise_own_user_dir()
+    silence_known_warnings()
+    install_error_hook()

@@ -1,0 +1,52 @@
+"""Batches and precision."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from fairseq import options as fairseq_options
+from fairseq import utils
+from fairseq.data import data_utils
+
+from fairseq_vqem.compat.patching import patch
+
+
+def keep_last_batch() -> None:
+    """fairseq drops the last batch if its size is no multiple of --required-batch-size-multiple.
+
+    The compiled batcher gives every index and a smaller last batch, as documented; batch_by_size
+    then throws that batch away (and fails on no index at all), in training and generation alike.
+    """
+
+    def build(batch: Callable[..., Any]) -> Callable[..., Any]:
+        def batch_by_size(indices: Any, *args: Any, **kwargs: Any) -> Any:
+            if not isinstance(indices, np.ndarray):
+                indices = np.fromiter(indices, dtype=np.int64, count=-1)
+            if len(indices) == 0:
+                return []
+            batches = batch(indices, *args, **kwargs)
+            # Batches are consecutive slices of the indices, save for the fixed shapes of a TPU.
+            dropped = indices[sum(map(len, batches)) :]
+            if len(dropped) == 0 or kwargs.get("fixed_shapes") is not None:
+                return batches
+            return [*batches, dropped]
+
+        return batch_by_size
+
+    patch(data_utils, "batch_by_size", build)
+
+
+def keep_bf16_off_tpu() -> None:
+    """``--bf16`` also sets ``--tpu``, so that without torch_xla every bfloat16 training dies with
+    AttributeError ('NoneType' object has no attribute 'xla_device')."""
+
+    def build(parse: Callable[..., Any]) -> Callable[..., Any]:
+        def parse_args_and_arch(*words: Any, **options: Any) -> Any:
+            result = parse(*words, **options)
+            if utils.xm is None:
+                (result[0] if isinstance(result, tuple) else result).tpu = False
+            return result
+
+        return parse_args_and_arch
+
+    patch(fairseq_options, "parse_args_and_arch", build)

@@ -1,0 +1,1 @@
+"""A recipe from corpus to table: every stage resumable, every number signed."""

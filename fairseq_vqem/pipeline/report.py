@@ -1,0 +1,158 @@
+"""What a finished recipe shows: its result file, table, examples and training curves."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from fairseq_vqem.benchmark.scoring import paired_bootstrap, score
+from fairseq_vqem.benchmark.signature import make_signature
+from fairseq_vqem.benchmark.tables import (
+    ResultRow,
+    ResultTable,
+    read_table,
+    render_table,
+    write_table,
+)
+from fairseq_vqem.corpora.files import read_json
+from fairseq_vqem.pipeline.stages import (
+    TEACHER_GREEDY,
+    Run,
+    read_translations,
+    reconstruct_test,
+    systems,
+)
+from fairseq_vqem.pipeline.training import LOG, read_log
+
+COLUMNS = (
+    "system",
+    "bleu",
+    "chrf",
+    "latency_median_ms",
+    "latency_p90_ms",
+    "speedup",
+    "parameters",
+    "notes",
+)
+EXAMPLES = 5
+
+
+def write_report(run: Run) -> str:
+    """Score every system, write ``result.json`` and the curves; return the report as text."""
+    timings = {row.system: row for row in read_table(run.out / "latency.json")[0].rows}
+    hypotheses = {}
+    for system in systems(run):
+        sources, references, hypotheses[system] = read_translations(run, system)
+    rows, metrics = [], {}
+    for system, lines in hypotheses.items():
+        scores = score(lines, references)
+        metrics = scores.signatures
+        rows.append(_row(timings[system], scores, notes(run, system, references)))
+    students = list(run.recipe.students)
+    paired = paired_bootstrap(
+        {name: hypotheses[name] for name in (TEACHER_GREEDY, *students)}, references
+    )
+    signature = make_signature(
+        data=run.data, seed=run.recipe.seed, device=run.device, sacrebleu=metrics
+    )
+    table = ResultTable(run.recipe.name, rows, COLUMNS)
+    write_table(
+        run.out / "result.json",
+        table,
+        signature,
+        paired_bootstrap_against_greedy_teacher=[asdict(each) for each in paired],
+        training={name: training_summary(run.out / name) for name in ("teacher", *students)},
+        distillation=read_json(run.distilled / "distill-report.json"),
+        recipe=asdict(run.recipe),
+    )
+    curves = draw_curves(run, run.out / "curves.png")
+    text = [render_table(table, asdict(signature)), ""]
+    text += examples(sources, references, hypotheses, students)
+    text += ["", f"Training curves: {curves}", f"Results: {run.out / 'result.json'}"]
+    return "\n".join(text)
+
+
+def _row(timing: ResultRow, scores: Any, text: str) -> ResultRow:
+    return replace(
+        timing,
+        bleu=scores.bleu,
+        bleu_ci=scores.bleu_ci,
+        chrf=scores.chrf,
+        chrf_ci=scores.chrf_ci,
+        notes=text,
+    )
+
+
+def notes(run: Run, system: str, references: list[str]) -> str:
+    """The posterior's BLEU of a student; nothing for the teacher."""
+    if system not in run.recipe.students:
+        return ""
+    posterior = score(reconstruct_test(run, system), references, bootstrap=0)
+    return f"posterior BLEU {posterior.bleu:.1f}"
+
+
+def training_summary(folder: Path) -> dict[str, Any]:
+    """Wall time in seconds, updates and the last validation of a training."""
+    summary: dict[str, Any] = {}
+    for kind, values in read_log(folder / LOG):
+        if kind == "valid":
+            summary["last_validation"] = values
+        if kind == "train_inner":
+            summary["updates"] = int(float(values["num_updates"]))
+            summary["seconds"] = float(values["wall"])
+    return summary
+
+
+def examples(
+    sources: list[str],
+    references: list[str],
+    hypotheses: dict[str, list[str]],
+    students: list[str],
+) -> list[str]:
+    """Five test sentences, evenly spaced, as source, reference, teacher and student."""
+    step = max(1, len(sources) // EXAMPLES)
+    lines = []
+    for i in range(step // 2, len(sources), step)[:EXAMPLES]:
+        lines += [f"source     {sources[i]}", f"reference  {references[i]}"]
+        lines += [f"teacher    {hypotheses[TEACHER_GREEDY][i]}"]
+        lines += [f"{name:10s} {hypotheses[name][i]}" for name in students] + [""]
+    return lines
+
+
+def draw_curves(run: Run, path: Path) -> Path:
+    """Losses, validation BLEUs and codebook perplexity by update, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (losses, bleus, codes) = pyplot.subplots(1, 3, figsize=(15, 4))
+    for name in ("teacher", *run.recipe.students):
+        records = list(read_log(run.out / name / LOG))
+        inner = [values for kind, values in records if kind == "train_inner"]
+        valid = [values for kind, values in records if kind == "valid"]
+        loss_key = "nll_loss" if name == "teacher" else "reconstruction_loss"
+        _plot(losses, inner, "num_updates", loss_key, name)
+        _plot(losses, inner, "num_updates", "latent_loss", f"{name}, latents")
+        _plot(bleus, valid, "valid_num_updates", "valid_bleu", name)
+        _plot(bleus, valid, "valid_num_updates", "valid_posterior_bleu", f"{name}, posterior")
+        _plot(codes, inner, "num_updates", "code_perplexity", name)
+    for axes, title in (
+        (losses, "training loss (bits)"),
+        (bleus, "validation BLEU"),
+        (codes, "codebook perplexity"),
+    ):
+        axes.set_title(title)
+        axes.set_xlabel("update")
+        axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+    return path
+
+
+def _plot(axes: Any, records: list[dict[str, Any]], x: str, y: str, label: str) -> None:
+    points = [(float(each[x]), float(each[y])) for each in records if x in each and y in each]
+    if points:
+        axes.plot(*zip(*points, strict=True), label=label)

@@ -1,0 +1,180 @@
+"""The stages of a recipe; each leaves files behind and is skipped where they are complete."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fairseq_vqem.analysis.posterior import reconstruct
+from fairseq_vqem.benchmark.scoring import read_generate_output
+from fairseq_vqem.benchmark.splits import languages
+from fairseq_vqem.corpora.distill import REPORT
+from fairseq_vqem.corpora.files import read_lines, replacing, write_lines
+from fairseq_vqem.corpora.subwords import load_subwords
+from fairseq_vqem.errors import UserError
+from fairseq_vqem.pipeline.recipe import Options, Recipe, flags
+from fairseq_vqem.pipeline.training import train
+
+USER_DIR = str(Path(__file__).parents[1])
+TEACHER_GREEDY, TEACHER_BEAM = "teacher, greedy", "teacher, beam 4"
+MAX_LENGTH: Options = {"max_len_a": 2, "max_len_b": 10}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe being carried out in the folder ``out`` on ``device`` (cpu or cuda)."""
+
+    recipe: Recipe
+    out: Path
+    device: str
+
+    @property
+    def data(self) -> Path:
+        return self.out / "corpus" / "binarised"
+
+    @property
+    def distilled(self) -> Path:
+        return self.out / "distilled"
+
+    @property
+    def teacher(self) -> Path:
+        return self.out / "teacher" / "checkpoint_best.pt"
+
+    def student(self, name: str) -> Path:
+        return self.out / name / "checkpoint_best.pt"
+
+    def translations(self, system: str) -> Path:
+        return self.out / "translations" / f"{system.replace(', ', '-').replace(' ', '')}.txt"
+
+
+def run_command(words: Sequence[str], log: Path | None = None) -> None:
+    """Run ``fairseq-vqem`` or fairseq in a process of its own; ``UserError`` where it fails."""
+    if log is None:
+        result = subprocess.run([sys.executable, "-m", *words], check=False)
+        if result.returncode:
+            raise UserError(f"this step failed: {' '.join(words)}")
+        return
+    with replacing(log) as temporary, temporary.open("w", encoding="utf-8") as sink:
+        result = subprocess.run(
+            [sys.executable, "-m", *words], stdout=sink, stderr=subprocess.STDOUT, check=False
+        )
+        if result.returncode:
+            kept = log.with_suffix(".failed")
+            temporary.rename(kept)
+            raise UserError(f"this step failed: {' '.join(words)}; its output is in {kept}")
+
+
+def prepare(run: Run) -> None:
+    """The corpus, its subwords and its binarised form."""
+    options = dict(run.recipe.prepare)
+    corpus = options.pop("corpus")
+    words = ["fairseq_vqem.cli", "prepare", corpus, "--out", str(run.out / "corpus")]
+    run_command([*words, *flags(options)])
+
+
+def train_words(run: Run, data: Path, options: Options) -> tuple[list[str], int]:
+    """fairseq-train's words and the number of updates for ``options``."""
+    merged = {**run.recipe.common, **options}
+    max_update = int(merged.pop("max_update"))
+    source, target = languages(run.data)
+    words = [str(data), "--user-dir", USER_DIR, "-s", source, "-t", target]
+    words += ["--seed", str(run.recipe.seed), "--best-checkpoint-metric", "bleu"]
+    words += ["--maximize-best-checkpoint-metric", "--no-epoch-checkpoints"]
+    words += [] if run.device == "cuda" else ["--cpu"]
+    return words + flags(merged), max_update
+
+
+def train_teacher(run: Run) -> None:
+    words, updates = train_words(run, run.data, {"task": "translation", **run.recipe.teacher})
+    train(run.teacher.parent, words, "teacher", updates)
+
+
+def distill(run: Run) -> None:
+    if (run.distilled / REPORT).is_file():
+        print("distillation: finished before")
+        return
+    options = {"beam": 4, **run.recipe.distill, "device": run.device}
+    words = ["fairseq_vqem.cli", "distill", "--teacher", str(run.teacher)]
+    words += ["--data", str(run.data), "--out", str(run.distilled)]
+    words += ["--text", str(run.out / "corpus" / "raw")]
+    run_command([*words, *flags(options)])
+
+
+def train_student(run: Run, name: str) -> None:
+    """A student on distilled targets, or on the original ones with ``distilled: false``."""
+    options = dict(run.recipe.students[name])
+    data = run.distilled if options.pop("distilled", True) else run.data
+    if options.pop("from_teacher", False):
+        options["init_from"] = str(run.teacher)
+    options = {"task": "translation_vqem", "criterion": "vqem_loss", **options}
+    words, updates = train_words(run, data, options)
+    train(run.out / name, words, name, updates)
+
+
+def systems(run: Run) -> dict[str, tuple[Path, Options]]:
+    """Every decoded system by name: its checkpoint and its generation options."""
+    beam = {**MAX_LENGTH, "beam": 4, **run.recipe.decode}
+    found = {
+        TEACHER_BEAM: (run.teacher, beam),
+        TEACHER_GREEDY: (run.teacher, {**beam, "beam": 1}),
+    }
+    found |= {name: (run.student(name), {}) for name in run.recipe.students}
+    return found
+
+
+def translate(run: Run, system: str) -> None:
+    """The test set through fairseq-generate."""
+    if run.translations(system).is_file():
+        return
+    checkpoint, options = systems(run)[system]
+    task = "translation_vqem" if system in run.recipe.students else "translation"
+    source, target = languages(run.data)
+    words = ["fairseq_cli.generate", str(run.data), "--user-dir", USER_DIR, "--task", task]
+    words += ["-s", source, "-t", target, "--path", str(checkpoint), "--gen-subset", "test"]
+    words += ["--batch-size", "64", "--seed", str(run.recipe.seed)]
+    words += [] if run.device == "cuda" else ["--cpu"]
+    run_command([*words, *flags(options)], run.translations(system))
+
+
+def read_translations(run: Run, system: str) -> tuple[list[str], list[str], list[str]]:
+    """Sources, references and hypotheses of a translated test set, complete and in order."""
+    references = list(read_lines(run.out / "corpus" / "raw" / f"test.{languages(run.data)[1]}"))
+    subwords = load_subwords(run.data)
+    output = read_generate_output(
+        run.translations(system), sentences=len(references), decode=subwords.decode
+    )
+    sources = list(read_lines(run.out / "corpus" / "raw" / f"test.{languages(run.data)[0]}"))
+    return sources, references, output.hypotheses
+
+
+def reconstruct_test(run: Run, name: str) -> list[str]:
+    """The student's reconstructions of the test set from its posterior's codes."""
+    path = run.translations(f"{name}-posterior")
+    if not path.is_file():
+        hypotheses, _ = reconstruct(str(run.student(name)), run.data, "test", run.device)
+        write_lines(path, hypotheses)
+    return list(read_lines(path))
+
+
+def time_systems(run: Run) -> Path:
+    """Latency of every system at batch size 1, side by side."""
+    output = run.out / "latency.json"
+    if output.is_file():
+        return output
+    words = ["fairseq_vqem.cli", "latency", "--data", str(run.data), "--baseline", TEACHER_BEAM]
+    for system, (checkpoint, options) in systems(run).items():
+        words += ["--system", f"{system}={checkpoint}"]
+        if options:
+            words += ["--system-options", f"{system}={to_json(options)}"]
+    words += ["--output", str(output), "--device", run.device, "--seed", str(run.recipe.seed)]
+    run_command([*words, *flags(run.recipe.latency)])
+    return output
+
+
+def to_json(options: Options) -> str:
+    import json
+
+    return json.dumps(options)

@@ -1,0 +1,170 @@
+"""Distillation drops nothing, resumes where it stopped, and keeps all but the train targets."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from test_api import MAX_POSITIONS, PAIRS, SPLITS, make_data, make_teacher
+
+from fairseq_vqem.benchmark.signature import read_result
+from fairseq_vqem.benchmark.splits import read_split
+from fairseq_vqem.corpora import teaching as teaching_module
+from fairseq_vqem.corpora.distill import distill
+from fairseq_vqem.corpora.files import read_lines, write_lines
+from fairseq_vqem.corpora.teaching import Teaching, merged_shards, shard_indices
+from fairseq_vqem.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("distill")
+    make_teacher(make_data(folder), updates=60)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> Teaching:
+    """A distillation that ran without a break."""
+    out = Teaching(
+        teacher=str(folder / "teacher.pt"),
+        data=folder / "data",
+        out=folder / "whole",
+        beam=2,
+        max_length=20,
+        shards=4,
+        max_tokens=40,
+    )
+    distill(out)
+    return out
+
+
+def files(out: Path) -> dict[str, bytes]:
+    """Everything that training reads, and the text."""
+    names = [path for path in out.rglob("*") if path.suffix in (".bin", ".idx", ".txt")]
+    names += [path for path in (out / "text").rglob("*") if path.is_file()]
+    return {str(path.relative_to(out)): path.read_bytes() for path in names}
+
+
+def test_only_the_train_targets_change(whole: Teaching) -> None:
+    for split in SPLITS:
+        old, new = read_split(whole.data, split), read_split(whole.out, split)
+        assert new[0] == old[0] and len(new[1]) == len(old[1])
+        assert split == "train" or new[1] == old[1]
+    for name in ("dict.en.txt", "dict.de.txt", "sentencepiece.model"):
+        assert (whole.out / name).read_bytes() == (whole.data / name).read_bytes()
+
+
+def test_targets_are_the_teachers_in_order(whole: Teaching) -> None:
+    from fairseq_vqem import Translator
+
+    teacher = Translator.from_checkpoint(
+        whole.teacher, whole.data, beam=2, max_len_b=20, unkpen=1e4, max_tokens=1
+    )
+    expected = teacher.translate([source for source, _ in PAIRS])
+    assert list(read_lines(whole.out / "text" / "train.de")) == expected
+    pieces = list(read_lines(whole.out / "text" / "train.pieces.de"))
+    assert [teacher.subwords.decode(line) for line in pieces] == expected
+
+
+def test_report(whole: Teaching) -> None:
+    report = read_result(whole.out / "distill-report.json")
+    targets = list(read_lines(whole.out / "text" / "train.de"))
+    assert report["sentences"] == len(PAIRS) and report["kept_references"] == 0
+    assert report["empty_outputs"] == targets.count("")
+    ratio = sum(map(len, targets)) / sum(len(target) for _, target in PAIRS)
+    assert report["length_ratio"] == pytest.approx(ratio)
+    assert 0 <= report["bleu_against_reference"] <= 100 and report["seconds"] > 0
+    assert report["signature"]["data_checksum"]
+
+
+def test_interrupted_run_continues_to_the_same_result(
+    whole: Teaching, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resumed = replace(whole, out=tmp_path / "resumed")
+    original, translated = teaching_module.translate_shard, []
+
+    def stops(teaching: Teaching, translator: object, shard: int) -> None:
+        if len(translated) == 2:
+            raise KeyboardInterrupt
+        translated.append(shard)
+        original(teaching, translator, shard)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(teaching_module, "translate_shard", stops)
+    with pytest.raises(KeyboardInterrupt):
+        distill(resumed)
+    assert not (resumed.out / "manifest.json").exists()
+    monkeypatch.setattr(teaching_module, "translate_shard", original)
+    report = distill(resumed)
+    assert translated == [0, 1] and report.shards_found == 2
+    assert files(resumed.out) == files(whole.out)
+
+
+def test_several_workers_give_the_same(whole: Teaching, tmp_path: Path) -> None:
+    parallel = replace(whole, out=tmp_path / "parallel", workers=2)
+    distill(parallel)
+    assert files(parallel.out) == files(whole.out)
+
+
+def test_long_sources_keep_their_targets(
+    whole: Teaching, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = teaching_module._load
+
+    def shortsighted(teaching: Teaching):  # type: ignore[no-untyped-def]
+        translator = original(teaching)
+        translator.max_source_tokens = MAX_POSITIONS // 3
+        return translator
+
+    monkeypatch.setattr(teaching_module, "_load", shortsighted)
+    cut = replace(whole, out=tmp_path / "cut", shards=1)
+    report = distill(cut)
+    assert 0 < report.kept_references < len(PAIRS)
+    targets = list(read_lines(cut.out / "text" / "train.de"))
+    records = merged_shards(cut, len(PAIRS))
+    kept = [n for n, record in enumerate(records) if record is None]
+    assert [targets[n] for n in kept] == [PAIRS[n][1] for n in kept]
+    assert len(kept) == report.kept_references and len(targets) == len(PAIRS)
+
+
+def test_outputs_that_never_end_are_counted(whole: Teaching, tmp_path: Path) -> None:
+    short = replace(whole, out=tmp_path / "short", max_length=2, shards=1)
+    report = distill(short)
+    assert report.outputs_at_max_length > 0
+
+
+def test_lost_and_repeated_sentences_are_detected(whole: Teaching, tmp_path: Path) -> None:
+    copy = replace(whole, out=tmp_path)
+    for shard in range(whole.shards):
+        write_lines(copy.shard_file(shard), read_lines(whole.shard_file(shard)))
+    lines = list(read_lines(copy.shard_file(1)))
+    write_lines(copy.shard_file(1), lines[:-1])
+    with pytest.raises(UserError, match=f"hold {len(PAIRS) - 1} sentences"):
+        merged_shards(copy, len(PAIRS))
+    write_lines(copy.shard_file(1), [*lines, lines[0]])
+    with pytest.raises(UserError, match="in two shards"):
+        merged_shards(copy, len(PAIRS))
+
+
+def test_mistakes_are_user_errors(whole: Teaching, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="other beam, shards"):
+        distill(replace(whole, beam=5, shards=3))
+    with pytest.raises(UserError, match="must not be --data"):
+        distill(replace(whole, out=whole.data))
+    with pytest.raises(UserError, match="does not exist"):
+        distill(replace(whole, teacher="nobody.pt"))
+    for split, pairs in SPLITS.items():
+        for side, language in enumerate(("en", "de")):
+            write_lines(tmp_path / f"{split}.{language}", (pair[side] + "!" for pair in pairs))
+    with pytest.raises(UserError, match="is not the text"):
+        distill(replace(whole, out=tmp_path / "out"), text=tmp_path)
+
+
+@pytest.mark.parametrize("shards", [1, 3, 7, 12])
+def test_shards_partition_the_sentences_by_length(shards: int) -> None:
+    lengths = [3, 9, 1, 5, 5, 20, 2, 8, 1]
+    parts = [shard_indices(lengths, shards, shard) for shard in range(shards)]
+    order = [index for part in parts for index in part]
+    assert sorted(order) == list(range(len(lengths)))
+    assert [lengths[index] for index in order] == sorted(lengths, reverse=True)

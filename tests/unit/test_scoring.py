@@ -1,0 +1,119 @@
+"""Scores agree with sacreBLEU's own, and no sentence can go missing unnoticed."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+import pytest
+import sacrebleu
+
+from fairseq_vqem.benchmark import scoring
+from fairseq_vqem.benchmark.scoring import paired_bootstrap, read_generate_output, score
+from fairseq_vqem.benchmark.signature import read_result
+from fairseq_vqem.errors import UserError
+
+REFERENCES = [f"The cat number {n} sat on the mat and looked at {n * n} mice." for n in range(30)]
+GOOD = [line.replace("mice", "rats") if n % 3 else line for n, line in enumerate(REFERENCES)]
+BAD = [line.replace("sat on the mat", "was there") for line in GOOD]
+
+
+def test_scores_and_signatures_are_sacrebleus() -> None:
+    scores = score(GOOD, REFERENCES)
+    assert scores.bleu == sacrebleu.corpus_bleu(GOOD, [REFERENCES]).score
+    assert scores.chrf == sacrebleu.corpus_chrf(GOOD, [REFERENCES]).score
+    assert "tok:13a" in scores.signatures["BLEU"] and "bs:1000" in scores.signatures["BLEU"]
+    assert "seed:12345" in scores.signatures["chrF"]
+    assert scores.bleu_ci is not None and 0 < scores.bleu_ci < 20
+
+
+def test_bootstrap_is_deterministic_and_depends_on_the_seed() -> None:
+    before = os.environ.get("SACREBLEU_SEED")
+    first = score(GOOD, REFERENCES, seed=7)
+    assert first == score(GOOD, REFERENCES, seed=7)
+    assert first.chrf_ci != score(GOOD, REFERENCES, seed=8).chrf_ci
+    assert os.environ.get("SACREBLEU_SEED") == before
+
+
+def test_without_bootstrap_there_is_no_interval() -> None:
+    scores = score(GOOD, REFERENCES, bootstrap=0)
+    assert scores.bleu_ci is None and scores.chrf_ci is None
+
+
+def test_different_numbers_of_sentences_are_refused() -> None:
+    with pytest.raises(UserError, match="29 hypotheses but 30 references"):
+        score(GOOD[:-1], REFERENCES)
+    with pytest.raises(UserError, match="nothing to score"):
+        score([], [])
+    with pytest.raises(UserError, match="29 hypotheses"):
+        paired_bootstrap({"a": GOOD, "b": BAD[1:]}, REFERENCES)
+    with pytest.raises(UserError, match="at least one other"):
+        paired_bootstrap({"a": GOOD}, REFERENCES)
+
+
+def test_paired_bootstrap_tells_better_from_equal() -> None:
+    results = paired_bootstrap({"base": GOOD, "bad": BAD, "same": list(GOOD)}, REFERENCES)
+    base, bad, same = results
+    assert [result.system for result in results] == ["base", "bad", "same"]
+    assert base.bleu_p is None and base.chrf_p is None
+    assert bad.bleu_p is not None and bad.bleu_p < 0.01 and bad.bleu < base.bleu
+    assert same.bleu_p == 1.0 and same.chrf == base.chrf
+    assert results == paired_bootstrap({"base": GOOD, "bad": BAD, "same": list(GOOD)}, REFERENCES)
+
+
+def generate_output(path: Path, numbers: list[int]) -> Path:
+    lines = ["2020-01-01 | INFO | loading model(s) from S-9"]
+    for n in numbers:
+        lines += [f"S-{n}\tsource {n}", f"T-{n}\ttarget {n}", f"H-{n}\t-0.5\t▁out put ▁{n}"]
+        lines += [f"D-{n}\t-0.5\toutput {n}" if n else "D-0\t-0.5\t", f"P-{n}\t-0.1 -0.2"]
+    path.write_text("\n".join([*lines, "Generate test with beam=5: BLEU = 1", ""]))
+    return path
+
+
+def test_generate_output_is_sorted_and_complete(tmp_path: Path) -> None:
+    found = read_generate_output(generate_output(tmp_path / "g", [2, 0, 10, 1, *range(3, 10)]), 11)
+    assert found.sources == [f"source {n}" for n in range(11)]
+    assert found.references == [f"target {n}" for n in range(11)]
+    assert found.hypotheses == ["", *(f"output {n}" for n in range(1, 11))]
+
+
+def test_generate_output_can_be_decoded_from_pieces(tmp_path: Path) -> None:
+    found = read_generate_output(
+        generate_output(tmp_path / "g", [1, 0]),
+        decode=lambda pieces: pieces.replace(" ", "").replace("▁", " ").strip(),
+    )
+    assert found.hypotheses == ["output 0", "output 1"]
+
+
+def test_dropped_and_repeated_sentences_are_detected(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"lacks 1 of 4 sentences \(first: 2\)"):
+        read_generate_output(generate_output(tmp_path / "hole", [0, 1, 3]), 4)
+    with pytest.raises(UserError, match=r"first: 1"):
+        read_generate_output(generate_output(tmp_path / "inner", [0, 2, 3]))
+    with pytest.raises(UserError, match=r"lacks 2 of 6"):
+        read_generate_output(generate_output(tmp_path / "end", [0, 1, 2, 3]), 6)
+    with pytest.raises(UserError, match="sentence 1 twice"):
+        read_generate_output(generate_output(tmp_path / "twice", [0, 1, 1]))
+    with pytest.raises(UserError, match="4 sentences, not 3"):
+        read_generate_output(generate_output(tmp_path / "more", [0, 1, 2, 3]), 3)
+    (tmp_path / "none").write_text("nothing\n")
+    with pytest.raises(UserError, match="no hypothesis"):
+        read_generate_output(tmp_path / "none")
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, lines in (("hyp", GOOD), ("base", BAD), ("ref", REFERENCES)):
+        (tmp_path / name).write_text("\n".join(lines) + "\n")
+    parser = argparse.ArgumentParser()
+    scoring.register(parser.add_subparsers())
+    words = ["score", "--hypotheses", str(tmp_path / "hyp"), "--references", str(tmp_path / "ref")]
+    words += ["--baseline", str(tmp_path / "base"), "--output", str(tmp_path / "out.json")]
+    arguments = parser.parse_args(words)
+    assert arguments.run(arguments) == 0
+    result = read_result(tmp_path / "out.json")
+    assert result["bleu"] == score(GOOD, REFERENCES).bleu
+    assert result["signature"]["sacrebleu"] == result["signatures"]
+    assert result["paired"][1]["bleu_p"] < 0.01
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"BLEU {result['bleu']:.2f} ± ") and "p(BLEU)" in printed
