@@ -19,6 +19,15 @@ _USER_ERROR_LINE = re.compile(
 )
 
 
+# What fairseq itself says in a sentence, but below a stack trace; and what is added to it.
+_FAIRSEQ_SENTENCES = {
+    r"Size of sample #\d+ is invalid": "",
+    r"The dataset is empty": " Or raise --max-source-positions and --max-target-positions.",
+    r"Dataset not found": "; check the data folder and the name of the split.",
+    r"Could not infer language pair": "; check the data folder, or give -s and -t.",
+}
+
+
 def recognise_own_user_dir() -> None:
     """--user-dir fails with "not globally unique" if the path reaches this package by a link.
 
@@ -87,6 +96,18 @@ def _user_message(error: BaseException) -> str | None:
     # fairseq's trainer replaces an error on loading a model by a bare Exception.
     if type(error) is Exception and isinstance(error.__context__, UserError):
         return str(error.__context__)
+    if type(error) in (Exception, FileNotFoundError):
+        return _fairseq_sentence(error)
+    return None
+
+
+def _fairseq_sentence(error: BaseException) -> str | None:
+    for pattern, advice in _FAIRSEQ_SENTENCES.items():
+        if re.match(pattern, str(error)):
+            return f"{error}{advice}"
+    missing = str(getattr(error, "filename", None) or "")
+    if re.fullmatch(r"dict\..*\.txt", os.path.basename(missing)):
+        return f"{missing} does not exist; give a folder of binarised data, and its -s and -t."
     return None
 
 

@@ -41,6 +41,11 @@ class VQEMLoss(FairseqCriterion):
         latent_weight: str,
     ) -> None:
         super().__init__(task)
+        if not getattr(task, "supports_latents", False):
+            raise UserError(
+                "--criterion vqem_loss trains vqem_transformer only: pass --task translation_vqem"
+                " --arch vqem_transformer"
+            )
         if not 0.0 <= label_smoothing < 1.0:
             raise UserError(f"--label-smoothing is {label_smoothing}: it must be in [0, 1)")
         self.label_smoothing = label_smoothing

@@ -37,6 +37,8 @@ from fairseq_vqem.modules.decoders import (
 from fairseq_vqem.modules.target_encoder import TargetEncoder, pad_to_multiple
 from fairseq_vqem.schedules import parse_schedule
 
+MAX_REASON = 160
+
 
 @dataclass
 class VQEMOutput:
@@ -299,7 +301,15 @@ class VQEMTransformer(FairseqEncoderDecoderModel):
                     f" {list(value.shape)} there and {list(own[name].shape)} here; use the"
                     " dictionaries and options (--codebook-size, --embed-dim, …) of its training"
                 )
-        return super().load_state_dict(state_dict, *args, **kwargs)
+        try:
+            return super().load_state_dict(state_dict, *args, **kwargs)
+        except RuntimeError as error:  # other parameters: another architecture
+            reason = " ".join(str(error).split())
+            raise UserError(
+                "the checkpoint does not fit this model: it is another architecture's or was made"
+                " with other options; use those of its training, or --init-from to start from an"
+                f" autoregressive teacher ({reason[:MAX_REASON]} …)"
+            ) from error
 
 
 def build_embedding(dictionary: Dictionary, dimension: int) -> nn.Embedding:

@@ -78,6 +78,8 @@ def _draw(bar: tqdm, record: tuple[str, dict[str, Any]] | None) -> None:
     kind, values = record
     prefix = "train_" if kind == "train_inner" else f"{kind}_"
     update = int(float(values.get("num_updates", values.get(f"{prefix}num_updates", bar.n))))
+    if not bar.n and update:
+        bar.initial = bar.n = update  # a continued training: what came before took no time
     bar.update(max(0, update - bar.n))
     shown = {
         name: values[key]

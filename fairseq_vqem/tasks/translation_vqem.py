@@ -14,6 +14,7 @@ from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from sacrebleu.metrics import BLEU
 from torch import Tensor
 
+from fairseq_vqem.criterions.vqem_loss import VQEMLoss
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.generation.latent_generator import RESCORES, LatentGenerator, word_lengths
 from fairseq_vqem.generation.records import LatentSearchOptions
@@ -64,7 +65,21 @@ class TranslationVQEMTask(TranslationTask):
 
     def build_model(self, cfg: Any, from_checkpoint: bool = False) -> Any:
         self.initialises_models = not from_checkpoint
-        return super().build_model(cfg, from_checkpoint)
+        model = super().build_model(cfg, from_checkpoint)
+        if not from_checkpoint and not isinstance(model, VQEMTransformer):
+            raise UserError(
+                "--task translation_vqem trains vqem_transformer architectures only: pass"
+                " --arch vqem_transformer (or _small, _tiny), or --task translation"
+            )
+        return model
+
+    def build_criterion(self, cfg: Any, from_checkpoint: bool = False) -> Any:
+        criterion = super().build_criterion(cfg, from_checkpoint)
+        if not isinstance(criterion, VQEMLoss):
+            raise UserError(
+                "--task translation_vqem needs its own loss: pass --criterion vqem_loss"
+            )
+        return criterion
 
     # ------------------------------------------------------------------ training
 
@@ -96,17 +111,19 @@ class TranslationVQEMTask(TranslationTask):
 
     # ------------------------------------------------------------------ generation
 
-    def build_generator(
-        self, models: Sequence[Any], args: Any, **unused: Any
-    ) -> LatentGenerator | Any:
+    def build_generator(self, models: Sequence[Any], args: Any, **unused: Any) -> LatentGenerator:
         """fairseq's beam and re-ranker flags are understood as their latent counterparts."""
         if not isinstance(models[0], VQEMTransformer):
-            return super().build_generator(models, args, **unused)
+            raise UserError(
+                "--task translation_vqem decodes vqem_transformer checkpoints: use --task"
+                " translation for an autoregressive one, or give it last (--path"
+                " student.pt:teacher.pt) with --rescore teacher"
+            )
         rescore = str(self.cfg.rescore)
         if getattr(args, "iter_decode_with_external_reranker", False):
             rescore = "teacher"
         candidates = max(self.cfg.latent_candidates, getattr(args, "iter_decode_with_beam", 1))
-        if self.cfg.latent_beam < 1 or candidates < 1:
+        if self.cfg.latent_beam < 1 or self.cfg.latent_candidates < 1:
             raise UserError("--latent-beam and --latent-candidates must be at least 1")
         search = LatentSearchOptions(
             beam=self.cfg.latent_beam,

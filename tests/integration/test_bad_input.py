@@ -97,7 +97,7 @@ def ensemble_of_sizes(shop: Workshop, folder: Path) -> tuple[str, Words]:
         content["model"][f"bottleneck.codebook.{name}"] = tensor[:8].clone()
     predictor = content["model"]["latent_predictor.embed_tokens.weight"]
     content["model"]["latent_predictor.embed_tokens.weight"] = predictor[:12].clone()
-    content["cfg"].model.codebook_size = 8
+    content["cfg"]["model"].codebook_size = 8
     torch.save(content, folder / "small.pt")
     return "fairseq_cli.generate", shop.generate_words(path=f"{shop.student}:{folder / 'small.pt'}")
 
@@ -130,7 +130,6 @@ def missing_user_dir(shop: Workshop, folder: Path) -> tuple[str, Words]:
 
 MISTAKES = {
     "missing user-dir": (missing_user_dir, "invalid choice: 'translation_vqem'"),
-    "wrong user-dir": (train("--user-dir", "/absent/folder"), "/absent/folder"),
     "task of another model": (train("--task", "translation"), "--task translation_vqem"),
     "criterion of another model": (
         train("--criterion", "label_smoothed_cross_entropy"),
@@ -148,9 +147,7 @@ MISTAKES = {
     "resumed with another codebook": (resume("--codebook-size", 32), "--codebook-size"),
     "resumed with other layers": (resume("--decoder-layers", 2), "does not fit"),
     "overridden codebook": (generate("--model-overrides", "{'codebook_size': 32}"), "--codebook"),
-    "malformed overrides": (generate("--model-overrides", "{'codebook_size'"), "--model-overrides"),
     "target too long": (train("--max-target-positions", 6), "--max-target-positions"),
-    "source too long": (train("--max-source-positions", 6), "--max-source-positions"),
     "truncated checkpoint": (truncated, "damaged.pt"),
     "truncated last checkpoint": (truncated_resume, "checkpoint_last.pt"),
     "missing checkpoint": (missing_checkpoint, "absent.pt"),

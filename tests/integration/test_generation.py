@@ -71,9 +71,7 @@ def test_translator_gives_one_line_each(
 
 
 @pytest.mark.parametrize(("count", "buffer"), [(1, 1), (MANY, 1), (MANY, 10), (MANY, 64)])
-def test_interactive(
-    workshop: Workshop, one_by_one: list[str], count: int, buffer: int
-) -> None:
+def test_interactive(workshop: Workshop, one_by_one: list[str], count: int, buffer: int) -> None:
     """Raw text with an empty line through fairseq-interactive."""
     words = ["--user-dir", USER_DIR, "--task", "translation_vqem", "-s", SOURCE, "-t", TARGET]
     words += ["--path", workshop.student, "--cpu", "--buffer-size", buffer]
@@ -92,7 +90,10 @@ def test_interactive(
 
 def test_references_are_not_needed(workshop: Workshop, plain: Outcome) -> None:
     """Invariant 8: a test set binarised without references decodes to the same tokens."""
-    words = [str(workshop.blind), *workshop.generate_words("--gen-subset", workshop.subset(MANY))[1:]]
+    words = [
+        str(workshop.blind),
+        *workshop.generate_words("--gen-subset", workshop.subset(MANY))[1:],
+    ]
     outcome = workshop.run("fairseq_cli.generate", *words)
     assert outcome.status == 0, outcome.text
     assert best(outcome) == best(plain)

@@ -48,7 +48,11 @@ def test_two_workers_equal_one(workshop: Workshop, tmp_path: Path, schedule: str
     for name, expected in alone.items():
         assert torch.equal(first[name], second[name]), f"the workers differ in {name}"
         torch.testing.assert_close(
-            first[name], expected, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+            first[name],
+            expected,
+            rtol=1e-4,
+            atol=1e-5,
+            msg=lambda text, name=name: f"{name}: {text}",
         )
     counts = alone["bottleneck.codebook.counts"]
     assert counts.ne(1).all(), "no M step was made"

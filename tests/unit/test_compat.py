@@ -460,7 +460,9 @@ def no_gpu() -> Iterator[None]:
 
 @pytest.mark.usefixtures("no_gpu")
 def test_torchrun_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in zip(compat.processes._LAUNCHER_VARIABLES, ("localhost", "1", "2", "1"), strict=True):
+    for name, value in zip(
+        compat.processes._LAUNCHER_VARIABLES, ("localhost", "1", "2", "1"), strict=True
+    ):
         monkeypatch.setenv(name, value)
     unconnected = training_config()
     compat.original(distributed_utils.infer_init_method)(unconnected)

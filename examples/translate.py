@@ -1,0 +1,8 @@
+"""Translate the lines of standard input: python examples/translate.py CHECKPOINT DATA < text"""
+
+import sys
+
+from fairseq_vqem import Translator
+
+translator = Translator.from_checkpoint(sys.argv[1], data=sys.argv[2])
+print("\n".join(translator.translate(sys.stdin.read().splitlines())))
