@@ -1,5 +1,6 @@
 """Re-ranking, timing and scoring in generation."""
 
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -80,8 +81,15 @@ def synchronise_generation_timer() -> None:
 
     The first batch stays in the sum, since the reported speeds divide by it all sentences.
     """
-    if generate_cli.StopwatchMeter is not SynchronisedStopwatch:
-        generate_cli.StopwatchMeter = SynchronisedStopwatch
+    for module in _generate_modules():
+        module.StopwatchMeter = SynchronisedStopwatch
+
+
+def _generate_modules() -> list[Any]:
+    """``python -m fairseq_cli.generate`` runs a second copy of the module, named __main__."""
+    main = sys.modules.get("__main__")
+    name = getattr(getattr(main, "__spec__", None), "name", None)
+    return [generate_cli, main] if name == generate_cli.__name__ else [generate_cli]
 
 
 def honour_sacrebleu_flag() -> None:
@@ -95,7 +103,8 @@ def honour_sacrebleu_flag() -> None:
 
         return generate
 
-    patch(generate_cli, "_main", build)
+    for module in _generate_modules():
+        patch(module, "_main", build)
 
 
 def _score_with_sacrebleu(cfg: Any) -> None:

@@ -30,6 +30,7 @@ class LatentGenerator(IterativeRefinementGenerator):
         search: latent search options; ``candidates`` sequences are decoded in one batch.
         rescore: ``none`` takes the best by latent search, ``latent`` the best joint
             log p(z|x) + log p(y|z,x) per word, ``teacher`` the teacher's best.
+        remove_repeats: collapse runs of one token, the commonest fault of parallel decoding.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class LatentGenerator(IterativeRefinementGenerator):
         search: LatentSearchOptions,
         rescore: str = "none",
         retain_history: bool = False,
+        remove_repeats: bool = False,
     ) -> None:
         super().__init__(
             dictionary,
@@ -49,7 +51,7 @@ class LatentGenerator(IterativeRefinementGenerator):
             adaptive=False,
             retain_history=retain_history,
         )
-        self.search, self.rescore = search, rescore
+        self.search, self.rescore, self.remove_repeats = search, rescore, remove_repeats
         students = self.students(models)
         if rescore == "teacher" and (len(models) < 2 or isinstance(models[-1], VQEMTransformer)):
             raise UserError(
@@ -131,6 +133,9 @@ class LatentGenerator(IterativeRefinementGenerator):
         self, tokens: Tensor, scores: Tensor, latent_score: float, codes: Tensor
     ) -> dict[str, Any]:
         """The record that fairseq's command line prints; ``tokens`` come without EOS."""
+        if self.remove_repeats and tokens.numel():
+            first = torch.cat([tokens.new_ones(1, dtype=torch.bool), tokens[1:] != tokens[:-1]])
+            tokens, scores = tokens[first], scores[first]
         tokens = torch.cat([tokens, tokens.new_tensor([self.eos])])
         scores = torch.cat([scores, scores.new_zeros(1)])
         score = scores.mean()

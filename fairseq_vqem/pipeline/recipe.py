@@ -23,7 +23,9 @@ class Recipe:
         common: fairseq-train options of teacher and student alike.
         teacher: fairseq-train options of the AR teacher.
         distill: options of ``fairseq-vqem distill``.
-        students: for each student by name, its fairseq-train options.
+        students: for each student by name, its fairseq-train options, and among them
+            ``distilled`` (true: distilled targets), ``from_teacher`` (true: ``--init-from``) and
+            ``generate`` (options of decoding).
         decode: fairseq-generate options of the teacher's beam search.
         latency: options of ``fairseq-vqem latency``.
         seed: of everything.

@@ -38,6 +38,7 @@ class TranslationVQEMConfig(TranslationConfig):
     )
     latent_max_ratio: float = option(2.0, "longest output, as a multiple of the source length …")
     latent_max_offset: int = option(16, "… plus this many tokens")
+    remove_repeats: bool = option(False, "collapse runs of one token in the output")
     word_dropout: float = option(0.0, "share of words hidden from the target encoder (paper: 0.3)")
     word_shuffle: float = option(0.0, "share of sentences whose words are shuffled (paper: 0.5)")
     shuffle_distance: int = option(3, "how far a shuffled word may move")
@@ -134,7 +135,9 @@ class TranslationVQEMTask(TranslationTask):
             stop_code=models[0].pad_code() if self.cfg.stop_at_pad_latent else None,
         )
         history = getattr(args, "retain_iter_history", False)
-        return LatentGenerator(self.target_dictionary, models, search, rescore, history)
+        return LatentGenerator(
+            self.target_dictionary, models, search, rescore, history, self.cfg.remove_repeats
+        )
 
     # ------------------------------------------------------------------ validation
 

@@ -10,7 +10,7 @@ from workshop import (
     SOURCE,
     TARGET,
     TEACHER,
-    UPDATES,
+    EARLIER,
     Outcome,
     Workshop,
     binarise_test_sets,
@@ -56,7 +56,7 @@ def training(workshop: Workshop) -> Outcome:
     """The training of the tiny student, validation included."""
     folder = workshop.student.parent
     words = workshop.student_words(
-        folder, "--eval-latent-bleu", "--save-interval-updates", UPDATES // 2
+        folder, "--eval-latent-bleu", "--save-interval-updates", EARLIER
     )
     words.remove("--disable-validation")
     outcome = workshop.run("fairseq_cli.train", *words)

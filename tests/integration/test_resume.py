@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from workshop import ENVIRONMENT, Workshop, state
 
-SAVE = 20  # a checkpoint every so many updates
+SAVE = 22  # a checkpoint every so many updates
 OPTIONS = (
     *("--save-interval-updates", SAVE, "--max-update", 3 * SAVE, "--batch-size", 8),
     *("--quantise-schedule", "0:1@25-30", "--gold-schedule", "0.5:0@25-50"),

@@ -30,6 +30,7 @@ ENVIRONMENT = {
     "PYTHONWARNINGS": "ignore",
 }
 UPDATES = 160
+EARLIER = 90  # not the end of an epoch, whose checkpoints have other names
 
 Pair = tuple[str, str]
 
@@ -81,7 +82,7 @@ class Workshop:
 
     @property
     def earlier_student(self) -> Path:
-        return next((self.root / "student").glob(f"checkpoint_*_{UPDATES // 2}.pt"))
+        return next((self.root / "student").glob(f"checkpoint_*_{EARLIER}.pt"))
 
     def sources(self, count: int) -> list[str]:
         """Raw text of the binarised test set of ``count`` sentences; its fourth line is empty."""
