@@ -4,7 +4,12 @@ Importing the package (fairseq does so through ``--user-dir``) applies the compa
 registers models, criterion, task and learning-rate scheduler.
 """
 
-from fairseq_vqem import compat
+import logging
+
+# fairseq asks for tensorboardX whenever it is imported
+logging.getLogger("fairseq.tasks.text_to_speech").setLevel(logging.WARNING)
+
+from fairseq_vqem import compat  # noqa: E402
 
 compat.apply()
 

@@ -27,6 +27,7 @@ class Recipe:
             ``distilled`` (true: distilled targets), ``from_teacher`` (true: ``--init-from``) and
             ``generate`` (options of decoding).
         decode: fairseq-generate options of the teacher's beam search.
+        variants: further ways to decode, by name: a ``student`` and its generation options.
         latency: options of ``fairseq-vqem latency``.
         seed: of everything.
     """
@@ -38,6 +39,7 @@ class Recipe:
     students: dict[str, Options]
     distill: Options = field(default_factory=dict)
     decode: Options = field(default_factory=dict)
+    variants: dict[str, Options] = field(default_factory=dict)
     latency: Options = field(default_factory=dict)
     seed: int = 1
 

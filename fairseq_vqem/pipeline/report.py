@@ -51,7 +51,8 @@ def write_report(run: Run) -> str:
         rows.append(_row(timings[system], scores, notes(run, system, references)))
     students = list(run.recipe.students)
     paired = paired_bootstrap(
-        {name: hypotheses[name] for name in (TEACHER_GREEDY, *students)}, references
+        {name: hypotheses[name] for name in (TEACHER_GREEDY, *students, *run.recipe.variants)},
+        references,
     )
     signature = make_signature(
         data=run.data, seed=run.recipe.seed, device=run.device, sacrebleu=metrics

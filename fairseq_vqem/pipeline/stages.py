@@ -116,15 +116,21 @@ def train_student(run: Run, name: str) -> None:
     train(run.out / name, words, name, updates)
 
 
-def systems(run: Run) -> dict[str, tuple[Path, Options]]:
-    """Every decoded system by name: its checkpoint and its generation options."""
+def systems(run: Run) -> dict[str, tuple[str, Options]]:
+    """Every decoded system by name: its checkpoints and its generation options."""
     beam = {**MAX_LENGTH, "beam": 4, **run.recipe.decode}
     found = {
-        TEACHER_BEAM: (run.teacher, beam),
-        TEACHER_GREEDY: (run.teacher, {**beam, "beam": 1}),
+        TEACHER_BEAM: (str(run.teacher), beam),
+        TEACHER_GREEDY: (str(run.teacher), {**beam, "beam": 1}),
     }
     for name, student in run.recipe.students.items():
-        found[name] = (run.student(name), dict(student.get("generate", {})))
+        found[name] = (str(run.student(name)), dict(student.get("generate", {})))
+    for name, variant in run.recipe.variants.items():
+        options = dict(variant)
+        checkpoints = str(run.student(options.pop("student")))
+        if options.get("rescore") == "teacher":
+            checkpoints += f":{run.teacher}"
+        found[name] = (checkpoints, options)
     return found
 
 
@@ -132,11 +138,11 @@ def translate(run: Run, system: str) -> None:
     """The test set through fairseq-generate."""
     if run.translations(system).is_file():
         return
-    checkpoint, options = systems(run)[system]
-    task = "translation_vqem" if system in run.recipe.students else "translation"
+    checkpoints, options = systems(run)[system]
+    task = "translation" if system in (TEACHER_BEAM, TEACHER_GREEDY) else "translation_vqem"
     source, target = languages(run.data)
     words = ["fairseq_cli.generate", str(run.data), "--user-dir", USER_DIR, "--task", task]
-    words += ["-s", source, "-t", target, "--path", str(checkpoint), "--gen-subset", "test"]
+    words += ["-s", source, "-t", target, "--path", checkpoints, "--gen-subset", "test"]
     words += ["--batch-size", "64", "--seed", str(run.recipe.seed)]
     words += [] if run.device == "cuda" else ["--cpu"]
     run_command([*words, *flags(options)], run.translations(system))

@@ -55,9 +55,7 @@ def teacher(workshop: Workshop) -> Path:
 def training(workshop: Workshop) -> Outcome:
     """The training of the tiny student, validation included."""
     folder = workshop.student.parent
-    words = workshop.student_words(
-        folder, "--eval-latent-bleu", "--save-interval-updates", EARLIER
-    )
+    words = workshop.student_words(folder, "--eval-latent-bleu", "--save-interval-updates", EARLIER)
     words.remove("--disable-validation")
     outcome = workshop.run("fairseq_cli.train", *words)
     assert outcome.status == 0, outcome.text

@@ -97,7 +97,7 @@ def ensemble_of_sizes(shop: Workshop, folder: Path) -> tuple[str, Words]:
         content["model"][f"bottleneck.codebook.{name}"] = tensor[:8].clone()
     predictor = content["model"]["latent_predictor.embed_tokens.weight"]
     content["model"]["latent_predictor.embed_tokens.weight"] = predictor[:12].clone()
-    content["cfg"]["model"].codebook_size = 8
+    content["cfg"]["model"]["codebook_size"] = 8
     torch.save(content, folder / "small.pt")
     return "fairseq_cli.generate", shop.generate_words(path=f"{shop.student}:{folder / 'small.pt'}")
 

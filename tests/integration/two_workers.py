@@ -8,7 +8,6 @@ from typing import Any
 
 import fairseq_cli.train
 import torch
-from fairseq.distributed import utils as distributed_utils
 from fairseq.trainer import Trainer
 
 trainers: list[Trainer] = []
@@ -23,7 +22,8 @@ class RememberedTrainer(Trainer):
 def main(cfg: Any) -> None:
     train = fairseq_cli.train.__dict__["vqem_test_main"]
     train(cfg)
-    rank = distributed_utils.get_data_parallel_rank()
+    connected = torch.distributed.is_initialized()
+    rank = torch.distributed.get_rank() if connected else 0
     model = trainers[-1].model
     while hasattr(model, "module"):
         model = model.module
