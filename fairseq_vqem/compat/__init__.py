@@ -5,7 +5,11 @@ called when the plugin is imported, and calling it again does nothing. A patched
 one that it replaces: see ``original``.
 """
 
-from fairseq_vqem.compat.batches import keep_bf16_off_tpu, keep_last_batch
+from fairseq_vqem.compat.batches import (
+    keep_bf16_off_tpu,
+    keep_last_batch,
+    make_batches_every_epoch,
+)
 from fairseq_vqem.compat.checkpoints import (
     allow_fairseq_classes_in_checkpoints,
     allow_in_checkpoints,
@@ -42,6 +46,7 @@ __all__ = [
     "install_error_hook",
     "keep_bf16_off_tpu",
     "keep_last_batch",
+    "make_batches_every_epoch",
     "mend_rerank",
     "original",
     "recognise_own_user_dir",
@@ -57,6 +62,7 @@ def apply() -> None:
     """Install every work-around; safe to call more than once."""
     allow_fairseq_classes_in_checkpoints()
     keep_last_batch()
+    make_batches_every_epoch()
     keep_bf16_off_tpu()
     mend_rerank()
     synchronise_generation_timer()

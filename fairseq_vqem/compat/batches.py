@@ -7,6 +7,7 @@ import numpy as np
 from fairseq import options as fairseq_options
 from fairseq import utils
 from fairseq.data import data_utils
+from fairseq.tasks import fairseq_task
 
 from fairseq_vqem.compat.patching import patch
 
@@ -50,3 +51,19 @@ def keep_bf16_off_tpu() -> None:
         return parse_args_and_arch
 
     patch(fairseq_options, "parse_args_and_arch", build)
+
+
+def make_batches_every_epoch() -> None:
+    """A training resumed after its first epoch sees other batches than the unbroken one.
+
+    fairseq orders sentences of equal length by seed + epoch, but keeps the batches of the epoch
+    that a process began with.
+    """
+
+    def build(_: Callable[..., Any]) -> Callable[..., Any]:
+        def can_reuse_epoch_itr(self: Any, dataset: Any) -> bool:
+            return False
+
+        return can_reuse_epoch_itr
+
+    patch(fairseq_task.FairseqTask, "can_reuse_epoch_itr", build)

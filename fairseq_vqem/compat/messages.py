@@ -14,6 +14,7 @@ from fairseq import utils
 from fairseq_vqem.compat.patching import patch
 from fairseq_vqem.errors import UserError
 
+_PACKAGE = UserError.__module__.partition(".")[0]
 _USER_ERROR_LINE = re.compile(
     rf"^(?:{re.escape(UserError.__module__)}\.)?UserError: (.*)", re.MULTILINE
 )
@@ -37,14 +38,14 @@ def recognise_own_user_dir() -> None:
     def build(import_user_module: Callable[..., Any]) -> Callable[..., Any]:
         def import_unless_loaded(args: Any) -> Any:
             user_dir = getattr(args, "user_dir", None)
-            here = os.path.dirname(os.path.realpath(__file__))
+            here = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
             name = os.path.basename(os.path.abspath(user_dir or ""))
-            if user_dir is None or name != __package__ or not os.path.isdir(user_dir):
+            if user_dir is None or name != _PACKAGE or not os.path.isdir(user_dir):
                 return import_user_module(args)
             if os.path.realpath(user_dir) == here:
                 return None
             raise UserError(
-                f"--user-dir {user_dir} is another copy of {__package__} than the one in use "
+                f"--user-dir {user_dir} is another copy of {_PACKAGE} than the one in use "
                 f"({here}); give --user-dir {here}."
             )
 

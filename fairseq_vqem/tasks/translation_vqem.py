@@ -1,6 +1,7 @@
 """Translation with discrete latents on top of fairseq's translation task."""
 
 import json
+import os
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,6 +64,17 @@ class TranslationVQEMTask(TranslationTask):
                 )
         self.initialises_models = False
         self.generator: LatentGenerator | None = None
+
+    @classmethod
+    def setup_task(cls, cfg: TranslationVQEMConfig, **kwargs: Any) -> "TranslationVQEMTask":
+        for folder in utils.split_paths(cfg.data or ""):
+            if not os.path.isdir(folder):
+                raise UserError(
+                    f"the data folder {folder} does not exist: give the output folder of"
+                    " fairseq-vqem prepare or fairseq-preprocess"
+                )
+        task: TranslationVQEMTask = super().setup_task(cfg, **kwargs)
+        return task
 
     def build_model(self, cfg: Any, from_checkpoint: bool = False) -> Any:
         self.initialises_models = not from_checkpoint

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 from workshop import (
+    EARLIER,
     SIZES,
     SOURCE,
     TARGET,
     TEACHER,
-    EARLIER,
     Outcome,
     Workshop,
     binarise_test_sets,

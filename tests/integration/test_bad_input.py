@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from workshop import SOURCE, TARGET, TEACHER, USER_DIR, Workshop, state
+from workshop import SOURCE, TARGET, TEACHER, Workshop, state
 
 Words = list[str]
 
@@ -183,11 +183,33 @@ MISTAKES = {
     "unknown key in recipe": (recipe_with_unknown_key, "typo"),
     "recipe that is a list": (recipe_that_is_a_list, "recipe.yaml"),
 }
-# The mistakes of the task's brief run always, their variants with `-m slow`.
-VARIANTS = set()
+# Each takes a process of three seconds: variants of another mistake run with `-m slow`.
+VARIANTS = {
+    "criterion on another model",
+    "student fine-tuned from a teacher",
+    "resumed with other layers",
+    "truncated last checkpoint",
+    "missing --restore-file",
+    "unknown bottleneck",
+    "no compress step",
+    "heads that do not divide",
+    "schedule out of bounds",
+    "malformed loss schedule",
+    "word dropout out of bounds",
+    "bad half-life",
+    "no candidate",
+    "prefix",
+    "ensemble of two sizes",
+    "start from nothing",
+    "missing data at generate",
+    "recipe that is a list",
+}
+PARAMETERS = [
+    pytest.param(name, marks=pytest.mark.slow if name in VARIANTS else ()) for name in MISTAKES
+]
 
 
-@pytest.mark.parametrize("name", list(MISTAKES))
+@pytest.mark.parametrize("name", PARAMETERS)
 def test_mistake_ends_in_one_sentence(
     name: str, workshop: Workshop, teacher: Path, student: Path, tmp_path: Path
 ) -> None:

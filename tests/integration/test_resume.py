@@ -29,9 +29,9 @@ def kill_after_checkpoint(workshop: Workshop, folder: Path, update: int) -> None
     last = folder / "checkpoint_last.pt"
     before = last.stat().st_mtime_ns if last.exists() else 0
     while process.poll() is None:
-        if list(folder.glob(f"checkpoint_*_{update}.pt")) and last.exists():
-            if last.stat().st_mtime_ns != before:
-                break
+        saved = list(folder.glob(f"checkpoint_*_{update}.pt")) and last.exists()
+        if saved and last.stat().st_mtime_ns != before:
+            break
         time.sleep(0.005)
     process.kill()
     assert process.wait() == -signal.SIGKILL, "the training ended before it could be killed"
