@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -87,6 +88,8 @@ class _Beams:
         end, pad = self.dictionary.eos(), self.dictionary.pad()
         if self.fixed_length or step == 1:
             scores[:, end] = IMPOSSIBLE
+        elif self.options.marginal_end:
+            scores = self.decide_end(scores)
         over = step > self.limit
         if not self.fixed_length and bool(over.any()):
             scores[over] = (
@@ -107,6 +110,13 @@ class _Beams:
         if self.fixed_length:
             ended |= step >= self.limit
         self.finished = self.finished | ended
+
+    def decide_end(self, scores: Tensor) -> Tensor:
+        """Make the end the only choice where its probability is over a half, else impossible."""
+        end = self.dictionary.eos()
+        ends = scores[:, end] > math.log(0.5)
+        is_end = torch.arange(scores.size(1), device=scores.device) == end
+        return scores.masked_fill(ends.unsqueeze(1) != is_end, IMPOSSIBLE)
 
     def choose(self, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Parent rows, symbols and log-probability gains of the next beams, each ``[B·W]``."""

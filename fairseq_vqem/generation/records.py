@@ -16,6 +16,9 @@ class LatentSearchOptions:
         candidates: code sequences returned per sentence, best first.
         temperature: 0 searches the best codes; above it, candidates are sampled.
         max_ratio, max_offset: a hypothesis covers at most ``ratio·|x| + offset`` positions.
+        marginal_end: end exactly where the end is likelier than all codes together. Otherwise it
+            competes with single codes, among which the rest of the probability is spread, and
+            hypotheses come out too short.
         stop_code: a code that ends the hypothesis (the EOS/PAD latent), or None.
     """
 
@@ -24,6 +27,7 @@ class LatentSearchOptions:
     temperature: float = 0.0
     max_ratio: float = 2.0
     max_offset: int = 16
+    marginal_end: bool = False
     stop_code: int | None = None
 
 

@@ -69,6 +69,9 @@ class VQEMTransformerConfig(FairseqDataclass):
     gold_schedule: str = option(
         "0.9:0.0@1000-20k", "share of decoder inputs replaced by gold embeddings, by update"
     )
+    predicted_schedule: str = option(
+        "0", "share of latents fed to the decoder as the predictor would write them, by update"
+    )
     init_from: Optional[str] = option(
         None, "AR Transformer checkpoint whose encoder, decoder and embeddings start the student"
     )

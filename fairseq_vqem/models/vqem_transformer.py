@@ -103,6 +103,7 @@ class VQEMTransformer(FairseqEncoderDecoderModel):
         )
         self.quantise_schedule = parse_schedule(cfg.quantise_schedule, 0.0, 1.0)
         self.gold_schedule = parse_schedule(cfg.gold_schedule, 0.0, 1.0)
+        self.predicted_schedule = parse_schedule(cfg.predicted_schedule, 0.0, 1.0)
         self.num_updates = 0
 
     @classmethod
@@ -165,21 +166,34 @@ class VQEMTransformer(FairseqEncoderDecoderModel):
         share = self.quantise_schedule(self.num_updates) if self.training else 1.0
         rows = vectors[latent_mask]
         result: BottleneckOutput | None = None
+        latent_logits, latent_tokens = None, None
         if share > 0.0:
             result = self.bottleneck(rows)
             keep = torch.rand(rows.size(0), 1, device=rows.device) >= share
             rows = torch.where(keep, rows, result.latents)
+            latent_tokens = self.latent_tokens(result.codes, latent_mask)
+            latent_logits = self.predict_latents(latent_tokens, encoder_out)
+            rows = self.mix_predicted(rows, latent_logits[:, :-1][latent_mask])
         elif self.training:
             self.bottleneck.observe(rows)
             rows = rows + self.zero_of_idle_parameters()
         latents = vectors.new_zeros(vectors.shape)
         latents[latent_mask] = rows.to(latents.dtype)
         logits, labels = self.reconstruct(latents, latent_mask, encoder_out, target)
-        latent_logits, latent_tokens = None, None
-        if result is not None:
-            latent_tokens = self.latent_tokens(result.codes, latent_mask)
-            latent_logits = self.predict_latents(latent_tokens, encoder_out)
         return VQEMOutput(logits, labels, result, latent_logits, latent_tokens, latent_mask)
+
+    def mix_predicted(self, rows: Tensor, latent_logits: Tensor) -> Tensor:
+        """Replace a share of the latents ``[N, D]`` by the predictor's choices, in training.
+
+        The decoder otherwise only meets the posterior's codes, yet has to decode the predictor's:
+        so it learns how far it may trust a code, and to ask the source instead.
+        """
+        share = self.predicted_schedule(self.num_updates) if self.training else 0.0
+        if share == 0.0:
+            return rows
+        predicted = latent_logits[:, self.latent_dictionary.offset :].argmax(-1)
+        chosen = torch.rand(rows.size(0), 1, device=rows.device) < share
+        return torch.where(chosen, self.bottleneck.lookup(predicted).to(rows.dtype), rows)
 
     def zero_of_idle_parameters(self) -> Tensor:
         """Zero, as a function of the parameters that the warm-up may leave without a gradient.

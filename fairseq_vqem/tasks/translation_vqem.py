@@ -31,6 +31,9 @@ class TranslationVQEMConfig(TranslationConfig):
     latent_beam: int = option(1, "beam of the latent search; 1 is greedy")
     latent_candidates: int = option(1, "code sequences decoded per sentence, in one batch")
     latent_temperature: float = option(0.0, "above 0: candidates are sampled at this temperature")
+    latent_end: ChoiceEnum(("marginal", "joint")) = option(  # type: ignore[valid-type]
+        "marginal", "end where that is likelier than all codes together, or than the best one"
+    )
     rescore: ChoiceEnum(RESCORES) = option(  # type: ignore[valid-type]
         "none", "which candidate wins: latent search's first, best joint score, teacher's best"
     )
@@ -144,6 +147,7 @@ class TranslationVQEMTask(TranslationTask):
             temperature=self.cfg.latent_temperature,
             max_ratio=self.cfg.latent_max_ratio,
             max_offset=self.cfg.latent_max_offset,
+            marginal_end=str(self.cfg.latent_end) == "marginal",
             stop_code=models[0].pad_code() if self.cfg.stop_at_pad_latent else None,
         )
         history = getattr(args, "retain_iter_history", False)
