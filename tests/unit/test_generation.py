@@ -120,6 +120,39 @@ def test_greedy_is_the_best_symbol_at_each_step(tiny: Any) -> None:
         assert len(codes) <= limit
 
 
+def test_marginal_end_ends_where_the_end_is_likelier_than_all_codes(tiny: Any) -> None:
+    model, pairs = tiny.model(seed=4), tiny.pairs(12)
+    end = model.latent_dictionary.eos()
+    with torch.no_grad():  # make the end a contender: above each code, below all of them
+        model.latent_predictor.output_projection.weight[end] += 0.05
+    result = search(model, tiny.batch(pairs), marginal_end=True)
+    longer = 0
+    for pair, (codes,), (short,) in zip(
+        pairs, rows(result), rows(search(model, tiny.batch(pairs))), strict=True
+    ):
+        single = tiny.batch([pair])
+        limit = int(model.max_latents(single["net_input"]["src_lengths"], 2.0, 16))
+        tokens, logs = forced(model, single, codes)
+        for t, symbol in enumerate(tokens[:limit]):
+            assert (symbol == end) == (t > 0 and float(logs[t, end].exp()) > 0.5)
+        longer += len(codes) > len(short)
+        assert len(codes) >= len(short)
+    assert longer or rows(result) == rows(search(model, tiny.batch(pairs)))
+
+
+def test_remove_repeats_collapses_runs(tiny: Any) -> None:
+    model, batch = tiny.model(seed=3), tiny.batch(tiny.pairs(20, seed=2))
+    options = LatentSearchOptions()
+    dictionary = tiny.dictionary()
+    plain = LatentGenerator(dictionary, [model], options).generate([model], batch)
+    clean = LatentGenerator(dictionary, [model], options, remove_repeats=True)
+    collapsed = clean.generate([model], batch)
+    wanted = [[[t for t, _ in itertools.groupby(h)] for h in group] for group in words(plain)]
+    assert words(collapsed) == wanted and words(collapsed) != words(plain)
+    for group in collapsed:
+        assert all(len(h["tokens"]) == len(h["positional_scores"]) for h in group)
+
+
 def forced(
     model: VQEMTransformer, batch: dict[str, Any], codes: list[int]
 ) -> tuple[list[int], Tensor]:
@@ -349,7 +382,9 @@ def test_the_task_builds_the_generator(tiny: Any) -> None:
     task = tiny.task(latent_beam=3, latent_candidates=2, latent_max_ratio=1.5, latent_max_offset=4)
     model = tiny.model(task)
     generator = task.build_generator([model], SimpleNamespace())
-    wanted = LatentSearchOptions(beam=3, candidates=2, max_ratio=1.5, max_offset=4)
+    wanted = LatentSearchOptions(
+        beam=3, candidates=2, max_ratio=1.5, max_offset=4, marginal_end=True
+    )
     assert generator.search == wanted and generator.rescore == "none"
     args = SimpleNamespace(iter_decode_with_beam=5, iter_decode_with_external_reranker=True)
     generator = task.build_generator([model, make_teacher(tiny)], args)

@@ -189,6 +189,23 @@ def test_a_share_is_quantised(tiny: Any) -> None:
     assert model.bottleneck.codebook.pending_counts.sum().round() == quantised.numel()
 
 
+def test_a_share_of_latents_is_the_predictor_s(tiny: Any) -> None:
+    torch.manual_seed(0)
+    model = tiny.model(predicted_schedule="0.5").train()
+    rows: list[Tensor] = []
+    model.expander.register_forward_pre_hook(lambda _, args: rows.append(args[0][args[1]]))
+    output = forward(model, tiny.batch(tiny.pairs(200)))
+    at_codes = output.latent_logits[:, :-1][output.latent_mask]
+    choice = at_codes[:, model.latent_dictionary.offset :].argmax(-1)
+    from_predictor = (rows[0] - model.bottleneck.lookup(choice)).abs().amax(1) < 1e-6
+    from_posterior = (rows[0] - output.bottleneck.latents).abs().amax(1) < 1e-6
+    assert (from_predictor | from_posterior).all()
+    differs = (model.bottleneck.lookup(choice) - output.bottleneck.latents).abs().amax(1) > 1e-6
+    assert abs(from_predictor[differs].float().mean() - 0.5) < 0.12
+    in_evaluation = forward(model.eval(), tiny.batch(tiny.pairs(200)))
+    assert torch.allclose(rows[1], in_evaluation.bottleneck.latents)
+
+
 def test_gold_words_are_no_labels(tiny: Any) -> None:
     torch.manual_seed(0)
     model = tiny.model(gold_schedule="0.4").train()
@@ -375,6 +392,7 @@ def test_subwords_are_joined_for_bleu(tiny: Any) -> None:
         dict(share_all_embeddings=False),
         dict(gold_schedule="0.5"),
         dict(quantise_schedule="0.5"),
+        dict(predicted_schedule="0.3"),
         dict(dropout=0.2, attention_dropout=0.1, activation_dropout=0.1),
         dict(encoder_layers=2, latent_layers=3, decoder_layers=2),
     ],
