@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -11,22 +12,42 @@ from torch import Tensor, nn
 
 from fairseq_vqem.errors import UserError
 
+CHOICES = {
+    "codebook_update": ("sums-counts", "literal"),
+    "codebook_init": ("latest", "kmeans++"),
+    "cluster_prior": ("uniform", "learned"),
+    "codebook_split": ("slice", "project", "residual"),
+}
+
 
 @dataclass(frozen=True)
 class BottleneckOptions:
-    """The options that a bottleneck may read; see ``VQEMTransformerConfig`` for their meaning."""
+    """The options that a bottleneck may read; see ``VQEMTransformerConfig`` for their meaning.
+
+    Raises:
+        UserError: a value is out of range; the message names the option.
+    """
 
     codebook_size: int
     dimension: int
     em_samples: int = 10
     codebook_decay: float = 0.999
     codebook_update: str = "sums-counts"
+    codebook_init: str = "latest"
+    dead_code_threshold: float = 0.0
+    posterior_temperature: float = 1.0
+    cluster_prior: str = "uniform"
+    num_codebooks: int = 1
+    codebook_split: str = "slice"
+    gumbel_temperature: str = "1.2:0.2@20k"
+    gumbel_noise: str = "0:1@2000"
+    semhash_discrete: str = "0:0.5@2000"
+    gm_gamma: float = 1.0
+    gm_beta: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.codebook_size < 2:
-            raise UserError(
-                f"--codebook-size is {self.codebook_size}: a codebook needs at least 2 codes"
-            )
+        if self.codebook_size < 1:
+            raise UserError(f"--codebook-size is {self.codebook_size}: it must be positive")
         if self.em_samples < 1:
             raise UserError(
                 f"--em-samples is {self.em_samples}: the E step needs at least 1 sample"
@@ -34,6 +55,29 @@ class BottleneckOptions:
             )
         if not 0.0 <= self.codebook_decay < 1.0:
             raise UserError(f"--codebook-decay is {self.codebook_decay}: it must be in [0, 1)")
+        for name in ("posterior_temperature", "gm_gamma", "gm_beta", "dead_code_threshold"):
+            value, flag = getattr(self, name), "--" + name.replace("_", "-")
+            if value < 0.0 or (name == "posterior_temperature" and value == 0.0):
+                raise UserError(f"{flag} is {value}: it must be positive")
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                flag = "--" + name.replace("_", "-")
+                raise UserError(f"{flag} is {getattr(self, name)}: choose {' or '.join(known)}")
+        self.block_size  # noqa: B018  (raises where the size is no such power)
+
+    @property
+    def block_size(self) -> int:
+        """Codes of each of the n codebooks, K^(1/n); ``UserError`` where K is no n-th power."""
+        n = self.num_codebooks
+        if n < 1:
+            raise UserError(f"--num-codebooks is {n}: it must be at least 1")
+        root = round(self.codebook_size ** (1 / n))
+        if root**n != self.codebook_size:
+            raise UserError(
+                f"--codebook-size {self.codebook_size} is not a whole number to the power of {n}"
+                f", as --num-codebooks {n} needs (16^{n} = {16**n}, for example)"
+            )
+        return root
 
 
 @dataclass
@@ -44,13 +88,18 @@ class BottleneckOutput:
         latents: ``[N, D]``, what the decoder receives; gradients pass straight through.
         samples: ``[N, m]`` code ids; their averaged one-hots are the latent predictor's labels.
         codes: ``[N]`` code ids of the posterior's mode.
-        commitment: ``[N]`` squared distance to the detached quantised vector, averaged over D.
+        commitment: ``[N]`` squared distance to the detached quantised vector, averaged over D;
+            zeros where the kind has no such loss.
+        losses: further ``[N]`` terms by name, already weighted, that the criterion adds and logs.
+        statistics: ``[N]`` quantities by name, detached, whose averages are logged.
     """
 
     latents: Tensor
     samples: Tensor
     codes: Tensor
     commitment: Tensor
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    statistics: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Bottleneck(nn.Module):
@@ -60,14 +109,27 @@ class Bottleneck(nn.Module):
     can touch neither statistics nor losses. Statistics gathered in ``forward`` take effect in
     ``commit``, which the task calls once per optimiser step.
 
+    Ids are whole numbers below K. A bottleneck of several codebooks gives joint ids, whose
+    ``digits`` digits to the base ``K^(1/digits)`` are the ids of the codebooks, the first
+    codebook's digit being the lowest.
+
     Attributes:
         gathers: whether training gathers statistics; the task unsets it for a dummy batch.
+        digits: how many codebooks a joint id is made of.
+        num_updates: optimiser steps so far, by which schedules go.
     """
+
+    digits = 1
 
     def __init__(self, options: BottleneckOptions) -> None:
         super().__init__()
         self.options = options
         self.gathers = True
+        self.num_updates = 0
+
+    def set_num_updates(self, num_updates: int) -> None:
+        """Called by fairseq before every update."""
+        self.num_updates = num_updates
 
     @property
     def codebook_size(self) -> int:
@@ -108,11 +170,41 @@ def register_bottleneck(name: str) -> Callable[[BottleneckType], BottleneckType]
 
 
 def build_bottleneck(name: str, options: BottleneckOptions) -> Bottleneck:
-    """The bottleneck registered as ``name``; ``UserError`` lists the known ones otherwise."""
-    if name not in BOTTLENECKS:
+    """The bottleneck ``name``, split into codebooks where the options ask for several.
+
+    Args:
+        name: a registered name or ``package.module:Class`` of somebody else's package.
+
+    Raises:
+        UserError: there is no such bottleneck; the message lists the known ones.
+    """
+    kind = find_bottleneck(name)
+    if options.num_codebooks == 1:
+        return kind(options)
+    from fairseq_vqem.bottlenecks.composite import build_composite
+
+    return build_composite(name, kind, options)
+
+
+def find_bottleneck(name: str) -> type[Bottleneck]:
+    """The class behind ``--bottleneck NAME``."""
+    if name in BOTTLENECKS:
+        return BOTTLENECKS[name]
+    module, _, attribute = name.partition(":")
+    if not attribute:
         known = ", ".join(sorted(BOTTLENECKS))
-        raise UserError(f"--bottleneck {name} is not known: choose one of {known}")
-    return BOTTLENECKS[name](options)
+        raise UserError(
+            f"--bottleneck {name} is not known: choose one of {known}, or package.module:Class"
+        )
+    try:
+        kind = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"--bottleneck {name} cannot be imported ({error}): is its package installed?"
+        ) from error
+    if not (isinstance(kind, type) and issubclass(kind, Bottleneck)):
+        raise UserError(f"--bottleneck {name} is no subclass of fairseq_vqem's Bottleneck")
+    return kind
 
 
 def straight_through(vectors: Tensor, quantised: Tensor) -> Tensor:

@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fairseq_vqem.bottlenecks import kernels
+
 LAPLACE_EPSILON = 1e-5
-CODEBOOK_UPDATES = ("sums-counts", "literal")
 
 
 class EMACodebook(nn.Module):
@@ -28,7 +29,7 @@ class EMACodebook(nn.Module):
         size: number of codes K.
         dimension: D.
         decay: λ.
-        update: one of ``CODEBOOK_UPDATES``.
+        update: ``sums-counts`` or ``literal``.
     """
 
     embeddings: Tensor
@@ -42,8 +43,6 @@ class EMACodebook(nn.Module):
         self, size: int, dimension: int, decay: float, update: str = "sums-counts"
     ) -> None:
         super().__init__()
-        if update not in CODEBOOK_UPDATES:
-            raise ValueError(f"unknown codebook update {update!r}")
         self.size, self.decay, self.update_rule = size, decay, update
         start = torch.randn(size, dimension)
         self.register_buffer("embeddings", start)
@@ -65,18 +64,9 @@ class EMACodebook(nn.Module):
                 self._buffers[name] = original.to(moved.device)
         return self
 
-    def logits(self, vectors: Tensor) -> Tensor:
-        """``-‖x - e‖²`` but for a constant a row, ``[N, K]``; float32 rows ``[N, D]``."""
-        norms = self.embeddings.pow(2).sum(1)
-        return torch.addmm(norms, vectors, self.embeddings.t(), beta=-1, alpha=2)
-
     def add_hits(self, vectors: Tensor, samples: Tensor) -> None:
         """Gather one E step: ``vectors`` ``[N, D]`` float32, their code ``samples`` ``[N, m]``."""
-        m = samples.size(1)
-        ids = samples.reshape(-1)
-        self.pending_counts += torch.bincount(ids, minlength=self.size).to(vectors.dtype) / m
-        rows = vectors.repeat_interleave(m, dim=0)
-        self.pending_sums.index_add_(0, ids, rows, alpha=1.0 / m)
+        kernels.add_hits(vectors, samples, self.pending_counts, self.pending_sums)
         self._has_pending_hits = True
 
     def observe(self, vectors: Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fairseq_vqem.bottlenecks import kernels
 from fairseq_vqem.bottlenecks.base import (
     Bottleneck,
     BottleneckOptions,
@@ -28,23 +29,25 @@ class EMBottleneck(Bottleneck):
             options.codebook_update,
         )
 
-    def sample(self, logits: Tensor) -> Tensor:
-        """The training E step: code ids ``[N, m]`` from posterior logits ``[N, K]``."""
+    def expectation(self, rows: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """The training E step: modes ``[N]``, samples ``[N, m]``, statistics of ``[N, D]`` rows."""
         raise NotImplementedError
 
     def forward(self, vectors: Tensor) -> BottleneckOutput:
         rows = float32_rows(vectors)
         with torch.no_grad(), torch.autocast(vectors.device.type, enabled=False):
             detached = rows.detach()
-            logits = self.codebook.logits(detached)
-            codes = logits.argmax(1)
-            samples = self.sample(logits) if self.training else codes.unsqueeze(1)
-            quantised = self.codebook.embeddings[samples].mean(1)
+            if self.training:
+                codes, samples, statistics = self.expectation(detached)
+            else:
+                codes, statistics = kernels.nearest_codes(detached, self.codebook.embeddings), {}
+                samples = codes.unsqueeze(1)
+            quantised = kernels.mean_embeddings(self.codebook.embeddings, samples)
             if self.training and self.gathers:
                 self.codebook.add_hits(detached, samples)
         commitment = (rows - quantised).pow(2).mean(1)
         latents = straight_through(rows, quantised).to(vectors.dtype)
-        return BottleneckOutput(latents, samples, codes, commitment)
+        return BottleneckOutput(latents, samples, codes, commitment, statistics=statistics)
 
     def lookup(self, codes: Tensor) -> Tensor:
         return self.codebook.embeddings[codes]
@@ -64,15 +67,28 @@ class EMBottleneck(Bottleneck):
 class HardEM(EMBottleneck):
     """Every vector goes to its nearest code (Eq. 1); ties go to the lowest id."""
 
-    def sample(self, logits: Tensor) -> Tensor:
-        return logits.argmax(1, keepdim=True)
+    def expectation(self, rows: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        codes = kernels.nearest_codes(rows, self.codebook.embeddings)
+        return codes, codes.unsqueeze(1), {}
 
 
 @register_bottleneck("soft-em")
 class SoftEM(EMBottleneck):
-    """m samples from softmax(-‖e_j - x‖²); the decoder receives their mean (Eq. 12)."""
+    """m samples from softmax(-‖e_j - x‖²/τ); the decoder receives their mean (Eq. 12)."""
 
-    def sample(self, logits: Tensor) -> Tensor:
-        if not logits.size(0):
-            return logits.new_zeros(0, self.options.em_samples, dtype=torch.long)
-        return torch.multinomial(logits.softmax(1), self.options.em_samples, replacement=True)
+    def expectation(self, rows: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        codes, samples, entropies = kernels.sample_codes(
+            rows,
+            self.codebook.embeddings,
+            self.options.em_samples,
+            self.options.posterior_temperature,
+            self.log_prior(),
+        )
+        return codes, samples, {"posterior_entropy": entropies}
+
+    def log_prior(self) -> Tensor | None:
+        """Logarithms ``[K]`` of the clusters' shares where they are learned, else None."""
+        if self.options.cluster_prior == "uniform":
+            return None
+        counts = self.codebook.counts
+        return (counts / counts.sum()).clamp(min=torch.finfo(counts.dtype).tiny).log()

@@ -9,11 +9,13 @@ from fairseq.models.transformer import TransformerConfig
 from fairseq.models.transformer.transformer_config import DecoderConfig, EncDecBaseConfig
 
 from fairseq_vqem.bottlenecks import BottleneckOptions
-from fairseq_vqem.bottlenecks.codebook import CODEBOOK_UPDATES
+from fairseq_vqem.bottlenecks.base import CHOICES
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.modules.convolutions import EXPANDER_KINDS, RESIDUAL_PLACEMENTS
 
 LATENT_LENGTHS = ("end", "source")
+CODE_STREAMS = ("auto", "joint", "factorised")
+LARGEST_JOINT_CODEBOOK = 2**16
 
 
 def option(default: Any, text: str) -> Any:
@@ -39,13 +41,43 @@ class VQEMTransformerConfig(FairseqDataclass):
         True, "one embedding matrix for source, target and output; needs a joined dictionary"
     )
 
-    bottleneck: str = option("soft-em", "discretisation: soft-em (m samples) or hard-em (argmin)")
+    bottleneck: str = option(
+        "soft-em",
+        "discretisation: soft-em, hard-em, gradient-vq, gumbel, semhash, gm-vq,"
+        " or package.module:Class",
+    )
     codebook_size: int = option(4096, "number of codes K")
     em_samples: int = option(10, "samples m per latent in the E step of soft-em")
     codebook_decay: float = option(0.999, "decay λ of the codebook's moving averages")
-    codebook_update: ChoiceEnum(CODEBOOK_UPDATES) = option(  # type: ignore[valid-type]
+    codebook_update: ChoiceEnum(CHOICES["codebook_update"]) = option(  # type: ignore[valid-type]
         "sums-counts", "moving averages of sums and counts, or Eq. 4-5 as printed"
     )
+    codebook_init: ChoiceEnum(CHOICES["codebook_init"]) = option(  # type: ignore[valid-type]
+        "latest", "first codebook: the newest encoder outputs of the warm-up, or k-means++ on them"
+    )
+    dead_code_threshold: float = option(
+        0.0, "codes whose moving count falls below are restarted at encoder outputs; 0: never"
+    )
+    posterior_temperature: float = option(1.0, "temperature of the posterior of soft-em")
+    cluster_prior: ChoiceEnum(CHOICES["cluster_prior"]) = option(  # type: ignore[valid-type]
+        "uniform", "prior over codes in the E step; learned: from the moving counts"
+    )
+    num_codebooks: int = option(1, "codebooks n of K^(1/n) codes each (product or residual VQ)")
+    codebook_split: ChoiceEnum(CHOICES["codebook_split"]) = option(  # type: ignore[valid-type]
+        "slice", "what each codebook sees: a slice, a random projection, the level's residual"
+    )
+    code_stream: ChoiceEnum(CODE_STREAMS) = option(  # type: ignore[valid-type]
+        "auto",
+        "what the latent predictor writes per latent: one joint code or one per codebook;"
+        f" auto: joint up to {LARGEST_JOINT_CODEBOOK} codes",
+    )
+    gumbel_temperature: str = option("1.2:0.2@20k", "temperature of gumbel and gm-vq, by update")
+    gumbel_noise: str = option("0:1@2000", "scale of the noise of gumbel and gm-vq, by update")
+    semhash_discrete: str = option(
+        "0:0.5@2000", "share of latents of semhash that the decoder sees as bits, by update"
+    )
+    gm_gamma: float = option(1.0, "weight γ of the latent-codeword distance of gm-vq")
+    gm_beta: float = option(1.0, "weight β of the aggregated posterior's divergence of gm-vq")
     compress_steps: int = option(3, "halvings n_c of the target length")
     residual_blocks: int = option(1, "residual convolution blocks per compress step")
     residual_placement: ChoiceEnum(RESIDUAL_PLACEMENTS) = option(  # type: ignore[valid-type]
@@ -79,6 +111,10 @@ class VQEMTransformerConfig(FairseqDataclass):
 
 def check_config(cfg: VQEMTransformerConfig) -> None:
     """Raise ``UserError`` for options that do not go together."""
+    if cfg.codebook_size < 2:
+        raise UserError(
+            f"--codebook-size is {cfg.codebook_size}: a codebook needs at least 2 codes"
+        )
     bottleneck_options(cfg)
     if cfg.compress_steps < 1:
         raise UserError(f"--compress-steps is {cfg.compress_steps}: it must be at least 1")
@@ -90,13 +126,10 @@ def check_config(cfg: VQEMTransformerConfig) -> None:
 
 
 def bottleneck_options(cfg: VQEMTransformerConfig) -> BottleneckOptions:
-    return BottleneckOptions(
-        codebook_size=cfg.codebook_size,
-        dimension=cfg.embed_dim,
-        em_samples=cfg.em_samples,
-        codebook_decay=cfg.codebook_decay,
-        codebook_update=str(cfg.codebook_update),
-    )
+    named = {each.name for each in fields(BottleneckOptions)} - {"dimension"}
+    values = {name: getattr(cfg, name) for name in named}
+    texts = {name: str(value) for name, value in values.items() if name in CHOICES}
+    return BottleneckOptions(**{**values, **texts, "dimension": cfg.embed_dim})
 
 
 def transformer_config(cfg: VQEMTransformerConfig, decoder_layers: int) -> TransformerConfig:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fairseq_vqem.bottlenecks import BottleneckOptions, build_bottleneck
 from fairseq_vqem.bottlenecks.em import EMBottleneck
+from fairseq_vqem.bottlenecks.kernels import nearest_codes
 from fairseq_vqem.errors import UserError
 
 KINDS = ("hard-em", "soft-em")
@@ -36,7 +37,11 @@ def make(kind: str = "hard-em", size: int = 6, dimension: int = 4, **options: An
 def inject(bottleneck: EMBottleneck, samples: list[Tensor]) -> None:
     """Let the E step of the next forwards return ``samples``."""
     queue = iter(samples)
-    bottleneck.sample = lambda logits: next(queue)  # type: ignore[method-assign]
+
+    def expectation(rows: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        return nearest_codes(rows, bottleneck.codebook.embeddings), next(queue), {}
+
+    bottleneck.expectation = expectation  # type: ignore[method-assign]
 
 
 def set_codes(bottleneck: EMBottleneck, embeddings: Tensor) -> None:
@@ -66,7 +71,7 @@ def double(x: Tensor) -> reference.Array:
 @given(
     kind=st.sampled_from(KINDS),
     rule=st.sampled_from(RULES),
-    size=st.integers(2, 9),
+    size=st.integers(1, 9),
     dimension=st.integers(1, 6),
     rows=st.integers(0, 12),
     samples=st.integers(1, 5),
@@ -467,7 +472,11 @@ def test_an_idle_worker_neither_hangs_nor_differs(
 @pytest.mark.parametrize(
     ("options", "names"),
     [
-        (dict(codebook_size=1), "--codebook-size is 1"),
+        (dict(codebook_size=0), "--codebook-size is 0"),
+        (dict(num_codebooks=2, codebook_size=8), "not a whole number to the power of 2"),
+        (dict(num_codebooks=0), "--num-codebooks is 0"),
+        (dict(posterior_temperature=0.0), "--posterior-temperature is 0.0"),
+        (dict(codebook_update="sums"), "--codebook-update is sums: choose sums-counts"),
         (dict(em_samples=0), "--em-samples is 0"),
         (dict(codebook_decay=1.0), "--codebook-decay is 1.0"),
         (dict(codebook_decay=-0.1), "--codebook-decay is -0.1"),
@@ -483,8 +492,9 @@ def test_bad_options(options: dict[str, Any], names: str) -> None:
 def test_unknown_bottleneck() -> None:
     with pytest.raises(UserError, match=r"choose one of .*hard-em.*soft-em"):
         build_bottleneck("k-means", BottleneckOptions(4, 2))
-    with pytest.raises(ValueError, match="unknown codebook update"):
-        make(codebook_update="Eq. 5")
+    for name in ("no.such:Thing", "fairseq_vqem.errors:Nothing", "fairseq_vqem.errors:UserError"):
+        with pytest.raises(UserError, match=f"--bottleneck {name}"):
+            build_bottleneck(name, BottleneckOptions(4, 2))
 
 
 def test_state_is_deep_copied() -> None:
