@@ -12,7 +12,7 @@ from fairseq_vqem.compat import allow_in_checkpoints
 
 
 class CodeUsageMeter(Meter):
-    """Sums code histograms ``[K]``; perplexity and usage are derived from the sum."""
+    """Sums code histograms ``[K]`` or, of S codebooks, ``[S, K]``; the rest derives from the sum."""
 
     def __init__(self) -> None:
         self.counts: Tensor | None = None
@@ -26,11 +26,12 @@ class CodeUsageMeter(Meter):
 
     @property
     def perplexity(self) -> float:
-        """exp of the entropy of the pooled histogram: between 1 and K."""
+        """exp of the entropy of the pooled histogram, averaged over codebooks: from 1 to K."""
         if self.counts is None or not self.counts.sum():
             return 0.0
-        shares = self.counts / self.counts.sum()
-        return float(torch.exp(-torch.special.xlogy(shares, shares).sum()))
+        shares = self.counts / self.counts.sum(-1, keepdim=True)
+        entropies = -torch.special.xlogy(shares, shares).sum(-1)
+        return float(entropies.exp().mean())
 
     @property
     def dead(self) -> int:

@@ -15,7 +15,10 @@ from fairseq_vqem.criterions.meters import CodeUsageMeter
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.models.config import option
 from fairseq_vqem.models.vqem_transformer import VQEMOutput, VQEMTransformer
+from fairseq_vqem.modules.decoders import LatentDictionary
 from fairseq_vqem.schedules import parse_schedule
+
+PER_LATENT = "per_latent:"  # prefix of what a bottleneck logs under names of its own
 
 
 @dataclass
@@ -27,7 +30,7 @@ class VQEMLossConfig(FairseqDataclass):
 
 @register_criterion("vqem_loss", dataclass=VQEMLossConfig)
 class VQEMLoss(FairseqCriterion):
-    """``reconstruction + β·commitment + w·latent``, per target token.
+    """``reconstruction + β·commitment + w·latent`` and the bottleneck's own terms, per token.
 
     The losses of the L latents of a sentence are multiplied by 2^n_c, so that each counts as much
     as the tokens it stands for and β and w compare means with means, as in the paper's Eq. 2.
@@ -90,9 +93,14 @@ class VQEMLoss(FairseqCriterion):
         log["commitment"], log["latent"] = commitment.detach(), cross_entropy.detach()
         log["latents"], log["latent_symbols"] = result.codes.numel(), symbols
         log["latent_correct"] = correct
-        log["code_counts"] = torch.bincount(result.codes, minlength=model.cfg.codebook_size)
+        log["code_counts"] = code_histogram(result.codes, model.latent_dictionary)
         weighted = self.commitment_weight(update) * commitment.to(cross_entropy.dtype)
         weighted = weighted + self.latent_weight(update) * cross_entropy
+        for name, terms in result.losses.items():
+            log[f"{PER_LATENT}{name}_loss"] = terms.sum().detach()
+            weighted = weighted + terms.sum().to(cross_entropy.dtype)
+        for name, values in result.statistics.items():
+            log[PER_LATENT + name] = values.sum()
         return model.multiple * weighted
 
     @staticmethod
@@ -118,6 +126,9 @@ class VQEMLoss(FairseqCriterion):
         average("commitment_loss", "commitment", "latents")
         average("latent_loss", "latent", "latent_symbols", bits)
         average("latent_accuracy", "latent_correct", "latent_symbols")
+        names = {key for log in logging_outputs for key in log if key.startswith(PER_LATENT)}
+        for key in sorted(names):
+            average(key.removeprefix(PER_LATENT), key, "latents")
         counts = [log["code_counts"] for log in logging_outputs if "code_counts" in log]
         if counts:
             metrics.log_custom(CodeUsageMeter, "codes_used", sum(counts))
@@ -145,22 +156,33 @@ def smoothed_cross_entropy(
     return (1 - smoothing) * nll + smoothing * uniform, nll
 
 
+def code_histogram(codes: Tensor, dictionary: LatentDictionary) -> Tensor:
+    """How often each symbol writes one of the ``codes`` ``[N]``, ``[S, K^(1/S)]``."""
+    symbols = dictionary.tokens(codes) - dictionary.offset
+    counts = torch.bincount(symbols, minlength=dictionary.digits * dictionary.base)
+    return counts.view(dictionary.digits, dictionary.base)
+
+
 def latent_cross_entropy(
     logits: Tensor, tokens: Tensor, samples: Tensor, mask: Tensor, model: VQEMTransformer
 ) -> tuple[Tensor, Tensor, int]:
     """Cross-entropy against the averaged one-hots of the m samples (section 3.2), summed.
 
     Args:
-        logits: ``[B, L+1, K+4]``; tokens: ``[B, L+1]``; samples: ``[N, m]``; mask: ``[B, L]``.
+        logits: ``[B, L·S+1, V_L]``.
+        tokens: ``[B, L·S+1]``.
+        samples: ``[N, m]``.
+        mask: ``[B, L]``.
 
     Returns:
-        The sum over codes and end symbols, how many modes were predicted, how many symbols.
+        The sum over symbols and ends, how many modes were predicted, how many symbols.
     """
-    dictionary = model.latent_dictionary
-    at_codes = logits[:, :-1][mask].float()
+    dictionary, stream = model.latent_dictionary, model.stream_mask(mask)
+    at_codes = logits[:, :-1][stream].float()
     log_probabilities = torch.log_softmax(at_codes, -1)
-    loss = -log_probabilities.gather(1, dictionary.tokens(samples)).mean(1).sum()
-    correct = at_codes.argmax(-1).eq(tokens[:, :-1][mask]).sum()
+    labels = dictionary.tokens(samples.unsqueeze(-1)).transpose(1, 2).flatten(0, 1)  # [N·S, m]
+    loss = -log_probabilities.gather(1, labels).mean(1).sum()
+    correct = at_codes.argmax(-1).eq(tokens[:, :-1][stream]).sum()
     symbols = at_codes.size(0)
     ends = tokens.eq(dictionary.eos())
     at_ends = logits[ends].float()

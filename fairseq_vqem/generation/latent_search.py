@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from fairseq.utils import new_arange
 from torch import Tensor
+from torch.nn import functional as F
 
 from fairseq_vqem.generation.records import LatentHypothesis, LatentSearchOptions
 from fairseq_vqem.models.vqem_transformer import VQEMTransformer
@@ -58,7 +59,7 @@ class _Beams:
             for m, out in zip(models, encoder_outs, strict=True)
         ]
         limit = models[0].max_latents(src_lengths, options.max_ratio, options.max_offset)
-        self.limit = limit.clamp(min=1)[rows]
+        self.limit = limit.clamp(min=1)[rows] * self.dictionary.digits
         self.fixed_length = models[0].cfg.latent_length == "source"
         self.tokens = src_lengths.new_full((rows.numel(), 1), self.dictionary.eos())
         self.finished = torch.zeros_like(rows, dtype=torch.bool)
@@ -86,6 +87,8 @@ class _Beams:
         step = self.tokens.size(1)
         scores = self.log_probabilities()
         end, pad = self.dictionary.eos(), self.dictionary.pad()
+        if self.dictionary.digits > 1:
+            scores = self.only_symbols_of(step - 1, scores)
         if self.fixed_length or step == 1:
             scores[:, end] = IMPOSSIBLE
         elif self.options.marginal_end:
@@ -105,11 +108,19 @@ class _Beams:
         self.lengths = self.lengths + (~self.finished).long()
         self.tokens = torch.cat([self.tokens, symbols.unsqueeze(1)], 1)
         ended = symbols.eq(end)
-        if self.options.stop_code is not None:
-            ended |= symbols.eq(self.dictionary.offset + self.options.stop_code)
+        if self.options.stop_code is not None and step % self.dictionary.digits == 0:
+            latest = self.dictionary.codes(self.tokens[:, -self.dictionary.digits :])[:, 0]
+            ended |= latest.eq(self.options.stop_code)
         if self.fixed_length:
             ended |= step >= self.limit
         self.finished = self.finished | ended
+
+    def only_symbols_of(self, position: int, scores: Tensor) -> Tensor:
+        """Rule out the symbols of other codebooks, and the end within a code."""
+        allowed = torch.zeros(scores.size(1), dtype=torch.bool, device=scores.device)
+        allowed[self.dictionary.symbols_at(position)] = True
+        allowed[self.dictionary.eos()] = position % self.dictionary.digits == 0
+        return scores.masked_fill(~allowed, IMPOSSIBLE)
 
     def decide_end(self, scores: Tensor) -> Tensor:
         """Make the end the only choice where its probability is over a half, else impossible."""
@@ -149,7 +160,9 @@ class _Beams:
     def hypotheses(self, candidates: int) -> LatentHypothesis:
         """The best ``candidates`` beams by log-probability per symbol, end symbols removed."""
         shape = (self.batch, self.width)
-        codes = self.dictionary.codes(self.tokens[:, 1:])
+        symbols = self.tokens[:, 1:]
+        missing = -symbols.size(1) % self.dictionary.digits
+        codes = self.dictionary.codes(F.pad(symbols, (0, missing), value=self.dictionary.pad()))
         if self.options.stop_code is not None:
             codes = torch.where(codes == self.options.stop_code, -1, codes)
         scores, lengths = self.scores.view(shape), self.lengths.view(shape)

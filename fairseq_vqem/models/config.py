@@ -116,6 +116,11 @@ def check_config(cfg: VQEMTransformerConfig) -> None:
             f"--codebook-size is {cfg.codebook_size}: a codebook needs at least 2 codes"
         )
     bottleneck_options(cfg)
+    if cfg.codebook_size > LARGEST_JOINT_CODEBOOK and cfg.num_codebooks == 1:
+        raise UserError(
+            f"--codebook-size {cfg.codebook_size} is too large for one codebook: use at most"
+            f" {LARGEST_JOINT_CODEBOOK} codes or several codebooks (--num-codebooks)"
+        )
     if cfg.compress_steps < 1:
         raise UserError(f"--compress-steps is {cfg.compress_steps}: it must be at least 1")
     if cfg.embed_dim % cfg.attention_heads:
@@ -123,6 +128,13 @@ def check_config(cfg: VQEMTransformerConfig) -> None:
             f"--embed-dim {cfg.embed_dim} is not divisible by --attention-heads"
             f" {cfg.attention_heads}: choose a divisor"
         )
+
+
+def factorises(cfg: VQEMTransformerConfig) -> bool:
+    """Whether the latent predictor writes one symbol per codebook instead of a joint code."""
+    if str(cfg.code_stream) != "auto":
+        return str(cfg.code_stream) == "factorised"
+    return cfg.codebook_size > LARGEST_JOINT_CODEBOOK
 
 
 def bottleneck_options(cfg: VQEMTransformerConfig) -> BottleneckOptions:

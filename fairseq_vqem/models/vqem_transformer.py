@@ -24,6 +24,7 @@ from fairseq_vqem.models.config import (
     add_switches,
     bottleneck_options,
     check_config,
+    factorises,
     transformer_config,
 )
 from fairseq_vqem.models.initialise import initialise_from_teacher
@@ -48,8 +49,9 @@ class VQEMOutput:
         logits: ``[B, T, V]`` word logits; T is a multiple of 2^n_c.
         labels: ``[B, T]`` target tokens; padding where nothing is to be learned.
         bottleneck: the discretisation of the N real latents, None during the warm-up.
-        latent_logits: ``[B, L+1, K+4]`` predictor logits, None during the warm-up.
-        latent_tokens: ``[B, L+1]`` mode codes as latent dictionary ids, then the end symbol.
+        latent_logits: ``[B, L·S+1, V_L]`` predictor logits over the latent dictionary of V_L
+            entries, S symbols per latent; None during the warm-up.
+        latent_tokens: ``[B, L·S+1]`` mode codes as latent dictionary ids, then the end symbol.
         latent_mask: ``[B, L]`` true at real latents, in whose row-major order N counts.
     """
 
@@ -97,7 +99,9 @@ class VQEMTransformer(FairseqEncoderDecoderModel):
             str(cfg.expander),
             cfg.dropout,
         )
-        self.latent_dictionary = LatentDictionary(cfg.codebook_size)
+        self.latent_dictionary = LatentDictionary(
+            cfg.codebook_size, bottleneck.digits if factorises(cfg) else 1
+        )
         self.latent_predictor = LatentPredictor(
             transformer_config(cfg, cfg.latent_layers), self.latent_dictionary
         )
@@ -173,7 +177,7 @@ class VQEMTransformer(FairseqEncoderDecoderModel):
             rows = torch.where(keep, rows, result.latents)
             latent_tokens = self.latent_tokens(result.codes, latent_mask)
             latent_logits = self.predict_latents(latent_tokens, encoder_out)
-            rows = self.mix_predicted(rows, latent_logits[:, :-1][latent_mask])
+            rows = self.mix_predicted(rows, latent_logits[:, :-1][self.stream_mask(latent_mask)])
         elif self.training:
             self.bottleneck.observe(rows)
             rows = rows + self.zero_of_idle_parameters()
@@ -185,13 +189,14 @@ class VQEMTransformer(FairseqEncoderDecoderModel):
     def mix_predicted(self, rows: Tensor, latent_logits: Tensor) -> Tensor:
         """Replace a share of the latents ``[N, D]`` by the predictor's choices, in training.
 
+        ``latent_logits`` are ``[N·S, V_L]``.
         The decoder otherwise only meets the posterior's codes, yet has to decode the predictor's:
         so it learns how far it may trust a code, and to ask the source instead.
         """
         share = self.predicted_schedule(self.num_updates) if self.training else 0.0
         if share == 0.0:
             return rows
-        predicted = latent_logits[:, self.latent_dictionary.offset :].argmax(-1)
+        predicted = self.latent_dictionary.most_likely(latent_logits)
         chosen = torch.rand(rows.size(0), 1, device=rows.device) < share
         return torch.where(chosen, self.bottleneck.lookup(predicted).to(rows.dtype), rows)
 
@@ -200,7 +205,8 @@ class VQEMTransformer(FairseqEncoderDecoderModel):
 
         DistributedDataParallel fails unless every parameter receives one.
         """
-        idle = [*self.encoder.parameters(), *self.latent_predictor.parameters()]
+        modules = (self.encoder, self.latent_predictor, self.bottleneck)
+        idle = [parameter for module in modules for parameter in module.parameters()]
         return 0.0 * torch.stack([parameter.flatten()[:1].sum() for parameter in idle]).sum()
 
     def encode_target(
@@ -240,18 +246,23 @@ class VQEMTransformer(FairseqEncoderDecoderModel):
         return self.decoder(inputs, mask, encoder_out), labels
 
     def latent_tokens(self, codes: Tensor, latent_mask: Tensor) -> Tensor:
-        """Codes ``[N]`` laid out by ``latent_mask`` with the end symbol appended, ``[B, L+1]``."""
+        """Codes ``[N]`` laid out by ``latent_mask``, then the end symbol, ``[B, L·S+1]``."""
         laid_out = latent_mask.new_full(latent_mask.shape, -1, dtype=torch.long)
         laid_out[latent_mask] = codes
         tokens = self.latent_dictionary.tokens(laid_out)
         last = tokens.new_full((tokens.size(0), 1), self.latent_dictionary.pad())
         tokens = torch.cat([tokens, last], 1)
         if self.cfg.latent_length == "end":
-            tokens.scatter_(1, latent_mask.sum(1, keepdim=True), self.latent_dictionary.eos())
+            ends = latent_mask.sum(1, keepdim=True) * self.latent_dictionary.digits
+            tokens.scatter_(1, ends, self.latent_dictionary.eos())
         return tokens
 
+    def stream_mask(self, latent_mask: Tensor) -> Tensor:
+        """True at the symbols of real latents, ``[B, L·S]``."""
+        return latent_mask.repeat_interleave(self.latent_dictionary.digits, 1)
+
     def predict_latents(self, latent_tokens: Tensor, encoder_out: EncoderOut) -> Tensor:
-        """Teacher-forced predictor logits ``[B, L+1, K+4]`` for ``latent_tokens`` ``[B, L+1]``."""
+        """Teacher-forced logits ``[B, L·S+1, V_L]`` for ``latent_tokens`` ``[B, L·S+1]``."""
         end, pad = self.latent_dictionary.eos(), self.latent_dictionary.pad()
         previous = latent_tokens[:, :-1].masked_fill(latent_tokens[:, :-1].eq(end), pad)
         start = latent_tokens.new_full((latent_tokens.size(0), 1), end)

@@ -13,21 +13,54 @@ EncoderOut = dict[str, list[Tensor]]
 
 
 class LatentDictionary(Dictionary):
-    """fairseq's special symbols followed by one symbol per code; EOS is the explicit end."""
+    """fairseq's special symbols followed by the symbols that codes are written in.
 
-    def __init__(self, codebook_size: int) -> None:
+    EOS is the explicit end. One symbol writes a code, or, with several ``digits``, one symbol per
+    codebook that the joint id is made of, the lowest digit first; each digit has its own symbols.
+
+    Args:
+        codebook_size: number of (joint) codes K.
+        digits: symbols S per code; K must be a whole number to the power of S.
+    """
+
+    def __init__(self, codebook_size: int, digits: int = 1) -> None:
         super().__init__()
-        self.offset = len(self)
-        for code in range(codebook_size):
-            self.add_symbol(str(code))
+        self.offset, self.digits = len(self), digits
+        self.base = round(codebook_size ** (1 / digits))
+        for symbol in range(digits * self.base):
+            self.add_symbol(str(symbol))
 
     def tokens(self, codes: Tensor) -> Tensor:
-        """Dictionary ids of code ids; a negative code stands for padding."""
-        return torch.where(codes < 0, self.pad(), codes + self.offset)
+        """Dictionary ids ``[..., L·S]`` of codes ``[..., L]``; a negative one becomes padding."""
+        if self.digits == 1:
+            return torch.where(codes < 0, self.pad(), codes + self.offset)
+        place = torch.arange(self.digits, device=codes.device)
+        symbols = codes.unsqueeze(-1) // self.base**place % self.base + place * self.base
+        tokens = torch.where(codes.unsqueeze(-1) < 0, self.pad(), symbols + self.offset)
+        return tokens.flatten(-2)
 
     def codes(self, tokens: Tensor) -> Tensor:
-        """Code ids of dictionary ids; special symbols become -1."""
-        return torch.where(tokens < self.offset, -1, tokens - self.offset)
+        """Codes ``[..., L]`` of dictionary ids ``[..., L·S]``; special symbols become -1."""
+        if self.digits == 1:
+            return torch.where(tokens < self.offset, -1, tokens - self.offset)
+        place = torch.arange(self.digits, device=tokens.device)
+        symbols = tokens.unflatten(-1, (-1, self.digits)) - self.offset
+        codes = ((symbols - place * self.base) * self.base**place).sum(-1)
+        return torch.where((symbols < 0).any(-1), -1, codes)
+
+    def symbols_at(self, position: int) -> slice:
+        """The dictionary ids that may stand at ``position`` of a stream (beside the end)."""
+        start = self.offset + position % self.digits * self.base
+        return slice(start, start + self.base)
+
+    def most_likely(self, logits: Tensor) -> Tensor:
+        """Codes ``[N]`` of the likeliest symbols of ``logits`` ``[N·S, V]``."""
+        logits = logits.unflatten(0, (-1, self.digits))
+        tokens = [
+            logits[:, place, self.symbols_at(place)].argmax(-1) + self.symbols_at(place).start
+            for place in range(self.digits)
+        ]
+        return self.codes(torch.stack(tokens, -1))[:, 0]
 
 
 class LatentPredictor(TransformerDecoderBase):

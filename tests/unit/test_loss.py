@@ -126,7 +126,7 @@ def test_the_sum_of_the_terms(tiny: Any) -> None:
     with torch.no_grad():
         output = model(**batch["net_input"], target=batch["target"])
     assert float(log["commitment"]) == pytest.approx(float(output.bottleneck.commitment.sum()))
-    histogram = np.bincount(output.bottleneck.codes.numpy(), minlength=12)
+    histogram = np.bincount(output.bottleneck.codes.numpy(), minlength=12)[None]
     np.testing.assert_array_equal(log["code_counts"].numpy(), histogram)
     assert log["latents"] == histogram.sum()
     assert log["latent_symbols"] == histogram.sum() + 5
