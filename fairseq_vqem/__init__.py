@@ -8,6 +8,9 @@ import logging
 
 # fairseq asks for tensorboardX whenever it is imported
 logging.getLogger("fairseq.tasks.text_to_speech").setLevel(logging.WARNING)
+# one of fairseq's models sets the root logger to DEBUG, so that every library prints its details
+_root = logging.getLogger()
+_level, _handlers = _root.level, list(_root.handlers)
 
 from fairseq_vqem import compat  # noqa: E402
 
@@ -16,6 +19,9 @@ compat.apply()
 from fairseq_vqem import criterions, models, schedulers, tasks  # noqa: E402
 from fairseq_vqem.errors import UserError  # noqa: E402
 from fairseq_vqem.generation.api import Translator  # noqa: E402
+
+_root.setLevel(_level)
+_root.handlers[:] = _handlers
 
 __version__ = "0.1.0"
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from fairseq_vqem.generation.records import LatentHypothesis, LatentSearchOptions
 from fairseq_vqem.models.vqem_transformer import VQEMTransformer
 from fairseq_vqem.modules.decoders import EncoderOut
+from fairseq_vqem.modules.incremental import CachedPredictor
 
 IMPOSSIBLE = -1e9
 
@@ -50,12 +51,12 @@ class _Beams:
         options: LatentSearchOptions,
         width: int,
     ) -> None:
-        self.models, self.options, self.width = models, options, width
+        self.options, self.width = options, width
         self.batch = src_lengths.size(0)
         self.dictionary = models[0].latent_dictionary
         rows = new_arange(src_lengths, width, self.batch).t().reshape(-1)
-        self.encoder_outs = [
-            m.encoder.reorder_encoder_out(out, rows) if width > 1 else out
+        self.predictors = [
+            CachedPredictor(m.latent_predictor, out, width)
             for m, out in zip(models, encoder_outs, strict=True)
         ]
         limit = models[0].max_latents(src_lengths, options.max_ratio, options.max_offset)
@@ -68,16 +69,13 @@ class _Beams:
         if width > 1 and not options.temperature:
             # all beams start equal: only the first one may be extended at the first step
             self.scores.view(self.batch, width)[:, 1:] = IMPOSSIBLE
-        self.caches: list[dict[str, dict[str, Tensor | None]]] = [{} for _ in models]
 
     def log_probabilities(self) -> Tensor:
         """Next-symbol log-probabilities ``[B·W, K+4]``, averaged over the models."""
-        each = []
-        for model, out, cache in zip(self.models, self.encoder_outs, self.caches, strict=True):
-            logits, _ = model.latent_predictor(
-                self.tokens, encoder_out=out, incremental_state=cache
-            )
-            each.append(torch.log_softmax(logits[:, -1].float(), -1))
+        each = [
+            torch.log_softmax(predictor.advance(self.tokens[:, -1]).float(), -1)
+            for predictor in self.predictors
+        ]
         if len(each) == 1:
             return each[0]
         return torch.logsumexp(torch.stack(each), 0) - torch.log(torch.tensor(float(len(each))))
@@ -154,8 +152,8 @@ class _Beams:
             return
         self.tokens, self.scores = self.tokens[parents], self.scores[parents]
         self.finished, self.lengths = self.finished[parents], self.lengths[parents]
-        for model, cache in zip(self.models, self.caches, strict=True):
-            model.latent_predictor.reorder_incremental_state_scripting(cache, parents)
+        for predictor in self.predictors:
+            predictor.reorder(parents)
 
     def hypotheses(self, candidates: int) -> LatentHypothesis:
         """The best ``candidates`` beams by log-probability per symbol, end symbols removed."""

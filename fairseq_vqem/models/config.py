@@ -1,12 +1,14 @@
 """Options of ``vqem_transformer`` and the check of their combination."""
 
-from argparse import SUPPRESS, BooleanOptionalAction
+from argparse import SUPPRESS, BooleanOptionalAction, Namespace
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from typing import Any, Optional
 
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.models.transformer import TransformerConfig
 from fairseq.models.transformer.transformer_config import DecoderConfig, EncDecBaseConfig
+from omegaconf import OmegaConf, open_dict
 
 from fairseq_vqem.bottlenecks import BottleneckOptions
 from fairseq_vqem.bottlenecks.base import CHOICES
@@ -128,6 +130,20 @@ def check_config(cfg: VQEMTransformerConfig) -> None:
             f"--embed-dim {cfg.embed_dim} is not divisible by --attention-heads"
             f" {cfg.attention_heads}: choose a divisor"
         )
+
+
+def add_missing_options(cfg: Any) -> None:
+    """Give options that a checkpoint of an earlier version lacks their defaults.
+
+    fairseq does so for a model's own name, not for a named architecture such as ``…_small``.
+    """
+    if isinstance(cfg, VQEMTransformerConfig):
+        return
+    present = vars(cfg) if isinstance(cfg, Namespace) else cfg
+    with open_dict(cfg) if OmegaConf.is_config(cfg) else nullcontext():
+        for each in fields(VQEMTransformerConfig):
+            if each.name not in present:
+                setattr(cfg, each.name, each.default)
 
 
 def factorises(cfg: VQEMTransformerConfig) -> bool:

@@ -21,6 +21,7 @@ from fairseq_vqem.bottlenecks import Bottleneck, BottleneckOutput, build_bottlen
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.models.config import (
     VQEMTransformerConfig,
+    add_missing_options,
     add_switches,
     bottleneck_options,
     check_config,
@@ -118,6 +119,7 @@ class VQEMTransformer(FairseqEncoderDecoderModel):
     @classmethod
     def build_model(cls, cfg: VQEMTransformerConfig, task: Any) -> VQEMTransformer:
         """Build for the dictionaries of ``task``; ``UserError`` where options do not fit."""
+        add_missing_options(cfg)
         check_config(cfg)
         if not getattr(task, "supports_latents", False):
             raise UserError(

@@ -89,7 +89,9 @@ def test_samples_are_averaged_digit_by_digit(tiny: Any) -> None:
 
     def loss(of: Tensor) -> float:
         return float(
-            latent_cross_entropy(out.latent_logits, out.latent_tokens, of, out.latent_mask, model)[0]
+            latent_cross_entropy(out.latent_logits, out.latent_tokens, of, out.latent_mask, model)[
+                0
+            ]
         )
 
     assert loss(samples) == pytest.approx(sum(loss(samples[:, i : i + 1]) for i in range(4)) / 4)
@@ -116,7 +118,7 @@ def follow_greedily(model: VQEMTransformer, batch: dict[str, Any]) -> list[list[
             allowed = list(range(d.offset + place * BASE, d.offset + (place + 1) * BASE))
             if place == 0 and len(stream) > 1:
                 allowed.append(d.eos())
-            best = max(allowed, key=lambda symbol: float(logits[0, -1, symbol]))  # noqa: B023
+            best = max(allowed, key=lambda symbol: float(logits[0, -1, symbol]))
             if best == d.eos():
                 break
             stream.append(best)

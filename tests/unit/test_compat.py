@@ -590,3 +590,15 @@ def test_apply_twice_changes_nothing() -> None:
     compat.apply()
     assert [getattr(owner, name) for owner, name in names] == before
     assert sys.excepthook is hook
+
+
+def test_importing_leaves_logging_alone() -> None:
+    """fairseq's import alone makes the root logger print debug messages of every library."""
+    script = "import logging, {}; print(logging.getLogger().level, logging.getLogger().handlers)"
+
+    def level_after(module: str) -> str:
+        command = [sys.executable, "-c", script.format(module)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    assert level_after("fairseq_vqem") == f"{logging.WARNING} []"
+    assert level_after("fairseq.models") != f"{logging.WARNING} []"

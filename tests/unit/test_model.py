@@ -544,3 +544,21 @@ def test_init_from_refuses_other_teachers(tiny: Any, tmp_path: Path) -> None:
 def test_init_from_is_not_read_for_a_checkpoint(tiny: Any) -> None:
     """A trained student must load where its teacher's file is long gone."""
     tiny.model(init_from="/nonexistent/teacher.pt")
+
+
+def test_options_of_later_versions_get_their_defaults(tiny: Any) -> None:
+    """A checkpoint's configuration holds only the options that existed when it was trained."""
+    from argparse import Namespace
+
+    from omegaconf import OmegaConf
+
+    task, config = tiny.task(), tiny.model(decoder_layers=2).cfg
+    saved = {name: value for name, value in vars(config).items() if name != "_name"}
+    for option in ("cluster_prior", "predicted_schedule"):
+        del saved[option]
+    stored = OmegaConf.create(saved)
+    OmegaConf.set_struct(stored, True)
+    for old in (stored, Namespace(**saved)):
+        model = VQEMTransformer.build_model(old, task)
+        assert model.cfg.cluster_prior == "uniform" and model.cfg.predicted_schedule == "0"
+        assert len(model.decoder.layers) == 2
