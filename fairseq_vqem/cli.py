@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import fairseq_vqem
-from fairseq_vqem.analysis import posterior
-from fairseq_vqem.benchmark import latency, scoring, tables
+from fairseq_vqem.analysis import planted, posterior
+from fairseq_vqem.benchmark import bottleneck, latency, scoring, tables
 from fairseq_vqem.corpora import distill, prepare
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.pipeline import command as pipeline
 
-COMMANDS = (prepare, distill, pipeline, posterior, scoring, latency, tables)
+COMMANDS = (prepare, distill, pipeline, posterior, scoring, latency, bottleneck, tables, planted)
 
 
 def user_dir() -> str:

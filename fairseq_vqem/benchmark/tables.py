@@ -52,6 +52,8 @@ class ResultRow:
     """The system that `speedup` refers to."""
     parameters: int | None = None
     notes: str | None = None
+    extra: Mapping[str, float | str] | None = None
+    """Further columns by their headings."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class ResultTable:
     name: str
     rows: Sequence[ResultRow]
     columns: Sequence[str]
-    """Keys of `COLUMNS`, in the order shown."""
+    """Keys of `COLUMNS` or headings of `ResultRow.extra`, in the order shown."""
 
 
 def _number(value: float | None, digits: int) -> str:
@@ -117,7 +119,8 @@ def read_table(path: Path) -> tuple[ResultTable, dict[str, Any]]:
     known = {field.name for field in fields(ResultRow)}
     try:
         unknown = {key for row in result["rows"] for key in row} - known
-        unknown |= set(result["columns"]) - set(COLUMNS)
+        extra = {heading for row in result["rows"] for heading in row.get("extra") or ()}
+        unknown |= set(result["columns"]) - set(COLUMNS) - extra
         if unknown:
             raise UserError(f"{path} has unknown columns: {', '.join(sorted(unknown))}.")
         rows = [ResultRow(**row) for row in result["rows"]]
@@ -129,11 +132,18 @@ def read_table(path: Path) -> tuple[ResultTable, dict[str, Any]]:
 
 def render_table(table: ResultTable, signature: Mapping[str, Any]) -> str:
     """Return the Markdown table with a line below it that says how the numbers were made."""
-    cells = [[_escaped(COLUMNS[key][1](row)) for key in table.columns] for row in table.rows]
-    header = [COLUMNS[key][0] for key in table.columns]
+    cells = [[_escaped(_cell(row, key)) for key in table.columns] for row in table.rows]
+    header = [COLUMNS[key][0] if key in COLUMNS else key for key in table.columns]
     alignment = ["---" if key in ("system", "notes") else "---:" for key in table.columns]
     lines = ["| " + " | ".join(row) + " |" for row in (header, alignment, *cells)]
     return "\n".join([*lines, "", _signature_line(signature)])
+
+
+def _cell(row: ResultRow, key: str) -> str:
+    if key in COLUMNS:
+        return COLUMNS[key][1](row)
+    value = (row.extra or {}).get(key)
+    return value if isinstance(value, str) else _number(value, 2)
 
 
 def update_markdown(path: Path, root: Path, *, check: bool = False) -> bool:

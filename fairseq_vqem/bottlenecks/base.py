@@ -117,9 +117,15 @@ class Bottleneck(nn.Module):
         gathers: whether training gathers statistics; the task unsets it for a dummy batch.
         digits: how many codebooks a joint id is made of.
         num_updates: optimiser steps so far, by which schedules go.
+        splittable: whether ``--num-codebooks`` may make several of it.
+        straight_through: whether the gradient of its latents is that of its input.
+        has_codebook_care: whether it follows ``--codebook-init`` and ``--dead-code-threshold``.
     """
 
     digits = 1
+    splittable = True
+    straight_through = True
+    has_codebook_care = False
 
     def __init__(self, options: BottleneckOptions) -> None:
         super().__init__()
@@ -179,6 +185,13 @@ def build_bottleneck(name: str, options: BottleneckOptions) -> Bottleneck:
         UserError: there is no such bottleneck; the message lists the known ones.
     """
     kind = find_bottleneck(name)
+    if not kind.has_codebook_care and (
+        options.codebook_init != "latest" or options.dead_code_threshold
+    ):
+        raise UserError(
+            f"--bottleneck {name} knows neither --codebook-init kmeans++ nor --dead-code-threshold:"
+            " use them with soft-em or hard-em"
+        )
     if options.num_codebooks == 1:
         return kind(options)
     from fairseq_vqem.bottlenecks.composite import build_composite

@@ -10,11 +10,31 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fairseq_vqem.bottlenecks import kernels
+from fairseq_vqem.bottlenecks.care import (
+    draw_without_replacement,
+    kmeans_plus_plus,
+    remembered_limit,
+    restart_count,
+)
 
 LAPLACE_EPSILON = 1e-5
 
 
-class EMACodebook(nn.Module):
+class Float32Buffers(nn.Module):
+    """A module whose buffers follow device moves but never change precision."""
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        """Keep float32: ``model.half()`` must not round the statistics."""
+        before = {name: b for name, b in self._buffers.items() if b is not None}
+        super()._apply(fn, recurse)
+        for name, original in before.items():
+            moved = self._buffers[name]
+            if moved is not None and moved.dtype != original.dtype:
+                self._buffers[name] = original.to(moved.device)
+        return self
+
+
+class EMACodebook(Float32Buffers):
     """K vectors of D dimensions whose M step is an exponential moving average.
 
     ``sums-counts`` (the released code): counts c and sums s of the assigned vectors are averaged,
@@ -30,6 +50,12 @@ class EMACodebook(nn.Module):
         dimension: D.
         decay: λ.
         update: ``sums-counts`` or ``literal``.
+        init: the first codebook: ``latest``, a ring of the newest K rows of the warm-up, or
+            ``kmeans++``, rows far from each other among the newest ``remembered_limit(K)``. Seeding
+            at every step of the warm-up would cost too much, and only the first E step tells that
+            the warm-up has ended: so the ring serves until then, and seeding is the first M step.
+        dead_below: codes whose moving count is below after an M step restart at rows of that
+            update; 0: never. Counts are rows per update: N/K on average.
     """
 
     embeddings: Tensor
@@ -38,12 +64,21 @@ class EMACodebook(nn.Module):
     observed: Tensor
     pending_counts: Tensor
     pending_sums: Tensor
+    remembered: Tensor
+    restarts: Tensor
 
     def __init__(
-        self, size: int, dimension: int, decay: float, update: str = "sums-counts"
+        self,
+        size: int,
+        dimension: int,
+        decay: float,
+        update: str = "sums-counts",
+        init: str = "latest",
+        dead_below: float = 0.0,
     ) -> None:
         super().__init__()
-        self.size, self.decay, self.update_rule = size, decay, update
+        self.size, self.dimension, self.decay, self.update_rule = size, dimension, decay, update
+        self.remembers, self.dead_below = init == "kmeans++", dead_below
         start = torch.randn(size, dimension)
         self.register_buffer("embeddings", start)
         self.register_buffer("counts", torch.ones(size))
@@ -51,26 +86,40 @@ class EMACodebook(nn.Module):
         self.register_buffer("observed", torch.zeros((), dtype=torch.long))
         self.register_buffer("pending_counts", torch.zeros(size), persistent=False)
         self.register_buffer("pending_sums", torch.zeros(size, dimension), persistent=False)
+        if self.remembers:  # saved: a resumed warm-up must end in the same codebook
+            self.register_buffer("remembered", torch.zeros(0, dimension))
+        if dead_below > 0:  # saved: the seed of the next random choice
+            self.register_buffer("restarts", torch.zeros((), dtype=torch.long))
         self._pending_observations: list[Tensor] = []
+        self._pending_rows: list[Tensor] = []
         self._has_pending_hits = False
 
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> EMACodebook:
-        """Follow device moves but keep float32: ``model.half()`` must not round the statistics."""
-        before = {name: b for name, b in self._buffers.items() if b is not None}
-        super()._apply(fn, recurse)
-        for name, original in before.items():
-            moved = self._buffers[name]
-            if moved is not None and moved.dtype != original.dtype:
-                self._buffers[name] = original.to(moved.device)
-        return self
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Accept any number of remembered rows, and checkpoints of other ``init``, ``dead_below``.
+
+        What a checkpoint lacks starts afresh; what has no use here is left out.
+        """
+        for name in ("remembered", "restarts"):
+            key, own = prefix + name, self._buffers.get(name)
+            if own is None:
+                state_dict.pop(key, None)
+                continue
+            fresh = own.new_zeros((0, *own.shape[1:]) if own.dim() else ())
+            shape = state_dict.setdefault(key, fresh).shape
+            self._buffers[name] = own.new_zeros(shape)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def add_hits(self, vectors: Tensor, samples: Tensor) -> None:
         """Gather one E step: ``vectors`` ``[N, D]`` float32, their code ``samples`` ``[N, m]``."""
         kernels.add_hits(vectors, samples, self.pending_counts, self.pending_sums)
         self._has_pending_hits = True
+        if self.dead_below > 0:
+            self._pending_rows.append(vectors)
 
     def observe(self, vectors: Tensor) -> None:
-        """Remember unquantised ``vectors`` ``[N, D]``; the newest K become the first codebook."""
+        """Remember unquantised ``vectors`` ``[N, D]``, of which the first codebook is made."""
         self._pending_observations.append(vectors.detach().float())
 
     @torch.no_grad()
@@ -82,21 +131,32 @@ class EMACodebook(nn.Module):
         observed = bool(self._pending_observations)
         observed, hit = on_any_worker(self.counts.device, observed, self._has_pending_hits)
         if observed:
-            none = self.embeddings.new_empty(0, self.embeddings.size(1))
-            self._store_observations(gather_rows(torch.cat([none, *self._pending_observations])))
+            self._store_observations(gather_rows(self._joined(self._pending_observations)))
         if hit:
             if distributed():
                 dist.all_reduce(self.pending_counts)
                 dist.all_reduce(self.pending_sums)
             if self.pending_counts.sum() > 0:
-                self._average(self.pending_counts, self.pending_sums)
+                self._maximise()
         self.discard()
 
     def discard(self) -> None:
+        """Forget what was gathered since the last ``commit``."""
         self._pending_observations = []
+        self._pending_rows = []
         self._has_pending_hits = False
         self.pending_counts.zero_()
         self.pending_sums.zero_()
+
+    def _maximise(self) -> None:
+        if self.remembers and self.remembered.size(0):
+            rows, self.remembered = self.remembered, self.remembered.new_zeros(0, self.dimension)
+            if rows.size(0) > self.size:  # fewer rows are all in the ring
+                self._seed(rows)
+                return  # the hits were those of the ring
+        self._average(self.pending_counts, self.pending_sums)
+        if self.dead_below > 0:
+            self._restart(self.counts < self.dead_below)
 
     def _average(self, counts: Tensor, sums: Tensor) -> None:
         decay = self.decay
@@ -112,11 +172,39 @@ class EMACodebook(nn.Module):
 
     def _store_observations(self, rows: Tensor) -> None:
         """Overwrite the oldest entries of the not yet used codebook (a ring) by real outputs."""
+        if self.remembers:
+            newest = rows[-remembered_limit(self.size) :]
+            excess = self.remembered.size(0) + newest.size(0) - remembered_limit(self.size)
+            self.remembered = torch.cat([self.remembered[max(excess, 0) :], newest])
         rows = rows[-self.size :]
         slots = (self.observed + torch.arange(rows.size(0), device=rows.device)) % self.size
         self.embeddings[slots] = rows
         self.sums[slots] = rows
         self.observed += rows.size(0)
+
+    def _seed(self, rows: Tensor) -> None:
+        """Start the codebook at K of the ``rows`` ``[M, D]``, which all workers have."""
+        self.embeddings.copy_(rows[kmeans_plus_plus(rows, self.size, seed=int(self.observed))])
+        if distributed():  # running sums on GPUs differ in the last bits, and so may the choice
+            dist.broadcast(self.embeddings, 0)
+        self.sums.copy_(self.embeddings)
+        self.counts.fill_(1.0)
+
+    def _restart(self, dead: Tensor) -> None:
+        """Move the ``dead`` ``[K]`` (booleans) codes to rows of this update, as far as they go."""
+        codes = dead.nonzero().squeeze(1)
+        if not codes.numel():
+            return
+        rows = pick_rows(self._joined(self._pending_rows), codes.numel(), int(self.restarts))
+        codes, count = codes[: rows.size(0)], restart_count(self.dead_below)
+        self.embeddings[codes] = rows
+        self.sums[codes] = count * rows
+        self.counts[codes] = count
+        self.restarts += 1
+
+    def _joined(self, parts: list[Tensor]) -> Tensor:
+        """``parts`` ``[N_i, D]`` one after another; ``[0, D]`` where there are none."""
+        return torch.cat([self.embeddings.new_empty(0, self.dimension), *parts])
 
 
 def distributed() -> bool:
@@ -132,18 +220,41 @@ def on_any_worker(device: torch.device, *here: bool) -> list[bool]:
     return [bool(count) for count in anywhere.tolist()]
 
 
+def worker_sizes(rows: Tensor) -> list[int]:
+    """The number of ``rows`` ``[N_w, D]`` of each worker, in worker order."""
+    if not distributed():
+        return [rows.size(0)]
+    sizes = [torch.zeros((), dtype=torch.long, device=rows.device) for _ in range(world_size())]
+    dist.all_gather(sizes, torch.tensor(rows.size(0), device=rows.device))
+    return [int(size) for size in torch.stack(sizes).tolist()]
+
+
 def gather_rows(rows: Tensor) -> Tensor:
     """The rows ``[N_w, D]`` of all workers, in worker order, ``[Σ N_w, D]``."""
     if not distributed():
         return rows
-    sizes = [torch.zeros((), dtype=torch.long, device=rows.device) for _ in range(world_size())]
-    dist.all_gather(sizes, torch.tensor(rows.size(0), device=rows.device))
-    longest = int(torch.stack(sizes).max())
-    padded = rows.new_zeros(longest, rows.size(1))
+    sizes = worker_sizes(rows)
+    padded = rows.new_zeros(max(sizes), rows.size(1))
     padded[: rows.size(0)] = rows
     parts = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(parts, padded)
-    return torch.cat([part[: int(size)] for part, size in zip(parts, sizes, strict=True)])
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+def pick_rows(rows: Tensor, count: int, seed: int) -> Tensor:
+    """At most ``count`` random ones of the rows ``[N_w, D]`` of all workers, equal on all workers.
+
+    The choice is that of one worker with all rows in worker order. Only chosen rows travel.
+    """
+    sizes = worker_sizes(rows)
+    first = sum(sizes[: dist.get_rank()]) if distributed() else 0
+    numbers = draw_without_replacement(sum(sizes), count, seed).to(rows.device) - first
+    here = (numbers >= 0) & (numbers < rows.size(0))
+    picked = rows.new_zeros(numbers.numel(), rows.size(1))
+    picked[here] += rows[numbers[here]]
+    if distributed():
+        dist.all_reduce(picked)  # exact: all but one worker add zeros
+    return picked
 
 
 def world_size() -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,13 +14,39 @@ from fairseq_vqem.bottlenecks.base import (
     BottleneckOutput,
     float32_rows,
     register_bottleneck,
-    straight_through,
 )
 from fairseq_vqem.bottlenecks.codebook import EMACodebook
 
 
+class _Quantise(torch.autograd.Function):
+    """Straight-through latents and the commitment loss, in few passes over the rows.
+
+    Takes ``rows`` and ``quantised`` ``[N, D]``; returns ``quantised`` as the latents, whose
+    gradient is that of the rows, and the mean squared differences ``[N]``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, quantised: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(rows, quantised)
+        ctx.set_materialize_grads(False)
+        return quantised, (rows - quantised).square_().mean(1)
+
+    @staticmethod
+    def backward(
+        ctx: Any, latents: Tensor | None, commitment: Tensor | None
+    ) -> tuple[Tensor | None, None]:
+        if commitment is None:
+            return latents, None
+        rows, quantised = ctx.saved_tensors
+        slope = (commitment * (2.0 / max(1, rows.size(1)))).unsqueeze(1)
+        pull = (rows - quantised) * slope
+        return (pull if latents is None else pull + latents), None
+
+
 class EMBottleneck(Bottleneck):
     """The part common to hard and soft EM; a subclass supplies the E step."""
+
+    has_codebook_care = True
 
     def __init__(self, options: BottleneckOptions) -> None:
         super().__init__(options)
@@ -27,11 +55,17 @@ class EMBottleneck(Bottleneck):
             options.dimension,
             options.codebook_decay,
             options.codebook_update,
+            options.codebook_init,
+            options.dead_code_threshold,
         )
 
     def expectation(self, rows: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """The training E step: modes ``[N]``, samples ``[N, m]``, statistics of ``[N, D]`` rows."""
         raise NotImplementedError
+
+    def modes(self, rows: Tensor) -> Tensor:
+        """The posterior's modes ``[N]`` of ``[N, D]`` rows, for evaluation."""
+        return kernels.nearest_codes(rows, self.codebook.embeddings)
 
     def forward(self, vectors: Tensor) -> BottleneckOutput:
         rows = float32_rows(vectors)
@@ -40,13 +74,13 @@ class EMBottleneck(Bottleneck):
             if self.training:
                 codes, samples, statistics = self.expectation(detached)
             else:
-                codes, statistics = kernels.nearest_codes(detached, self.codebook.embeddings), {}
+                codes, statistics = self.modes(detached), {}
                 samples = codes.unsqueeze(1)
             quantised = kernels.mean_embeddings(self.codebook.embeddings, samples)
             if self.training and self.gathers:
                 self.codebook.add_hits(detached, samples)
-        commitment = (rows - quantised).pow(2).mean(1)
-        latents = straight_through(rows, quantised).to(vectors.dtype)
+        latents, commitment = _Quantise.apply(rows, quantised)
+        latents = latents.to(vectors.dtype)
         return BottleneckOutput(latents, samples, codes, commitment, statistics=statistics)
 
     def lookup(self, codes: Tensor) -> Tensor:
@@ -85,6 +119,11 @@ class SoftEM(EMBottleneck):
             self.log_prior(),
         )
         return codes, samples, {"posterior_entropy": entropies}
+
+    def modes(self, rows: Tensor) -> Tensor:
+        return kernels.nearest_codes(
+            rows, self.codebook.embeddings, self.options.posterior_temperature, self.log_prior()
+        )
 
     def log_prior(self) -> Tensor | None:
         """Logarithms ``[K]`` of the clusters' shares where they are learned, else None."""

@@ -12,7 +12,7 @@ from fairseq_vqem.compat import allow_in_checkpoints
 
 
 class CodeUsageMeter(Meter):
-    """Sums code histograms ``[K]`` or, of S codebooks, ``[S, K]``; the rest derives from the sum."""
+    """Sums code histograms ``[K]`` or, of S codebooks, ``[S, K]``; all else derives from them."""
 
     def __init__(self) -> None:
         self.counts: Tensor | None = None

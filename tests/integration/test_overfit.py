@@ -23,8 +23,21 @@ TRAINING = (
 )
 
 
+KINDS = {
+    "soft-em": (),
+    "hard-em": (),
+    "gradient-vq": (),
+    "gumbel": ("--gumbel-temperature", "1:0.2@400", "--gumbel-noise", "0:0.3@100-200"),
+    "semhash": ("--semhash-discrete", "0:1@100-300"),
+    "gm-vq": ("--gumbel-temperature", "1:0.2@400", "--gumbel-noise", "0:0.3@100-200"),
+}
+
+
 @pytest.mark.slow
-def test_predicted_codes_reproduce_the_training_targets(workshop: Workshop, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_predicted_codes_reproduce_the_training_targets(
+    kind: str, workshop: Workshop, tmp_path: Path
+) -> None:
     text, data, run = tmp_path / "text", tmp_path / "data", tmp_path / "run"
     text.mkdir()
     (tmp_path / "subwords").mkdir()
@@ -34,7 +47,9 @@ def test_predicted_codes_reproduce_the_training_targets(workshop: Workshop, tmp_
     files = [text / f"train.{language}" for language in (SOURCE, TARGET)]
     model = train_subwords("sentencepiece", files, 1000, tmp_path / "subwords")
     binarise(text, data, SOURCE, TARGET, model, splits=("train", "valid"), workers=1)
-    words = workshop.student_words(run, *TRAINING, "--save-interval", 50)
+    words = workshop.student_words(
+        run, *TRAINING, "--bottleneck", kind, *KINDS[kind], "--save-interval", 50
+    )
     outcome = workshop.run("fairseq_cli.train", data, *words[1:])
     assert outcome.status == 0, outcome.text
     words = workshop.generate_words("--gen-subset", "valid", path=run / "checkpoint_last.pt")
@@ -44,5 +59,5 @@ def test_predicted_codes_reproduce_the_training_targets(workshop: Workshop, tmp_
     decode = load_subwords(data).decode
     translations = [decode(hypotheses[number][0]) for number in range(PAIRS)]
     bleu = score(translations, [target for _, target in pairs], bootstrap=0).bleu
-    print(f"BLEU {bleu:.1f}")
+    print(f"{kind}: BLEU {bleu:.1f}")
     assert bleu >= 90

@@ -20,13 +20,14 @@ import fairseq_vqem
 from fairseq_vqem.corpora.subwords import load_subwords
 
 USER_DIR = str(Path(fairseq_vqem.__file__).parent)
+EXAMPLES = Path(__file__).parents[2] / "examples"
 SOURCE, TARGET = "en", "de"
 MAX_WORDS = 8
 SIZES = (1, 7, 33)  # sentences of the binarised test sets: below, and not a multiple of, 8
 ENVIRONMENT = {
     **os.environ,
     "OMP_NUM_THREADS": "1",
-    "PYTHONPATH": str(Path(USER_DIR).parent),
+    "PYTHONPATH": os.pathsep.join([str(Path(USER_DIR).parent), str(EXAMPLES)]),
     "PYTHONWARNINGS": "ignore",
 }
 UPDATES = 160
