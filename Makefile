@@ -11,7 +11,7 @@ demo: $(READY)
 	$(BIN)/fairseq-vqem run recipes/sample-en-de/recipe.yaml --out $(OUT)
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -q -m slow tests

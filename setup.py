@@ -31,7 +31,10 @@ setup(
         "matplotlib>=3.8",
     ],
     extras_require={
-        "dev": ["pytest>=8", "hypothesis>=6", "scikit-learn>=1.4", "ruff", "mypy", "types-PyYAML"],
+        "dev": [
+            *("pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "scikit-learn>=1.4"),
+            *("ruff", "mypy", "types-PyYAML"),
+        ],
         "bench": ["vector-quantize-pytorch>=1.20"],
     },
     entry_points={"console_scripts": ["fairseq-vqem = fairseq_vqem.cli:main"]},
