@@ -24,11 +24,16 @@ from fairseq_vqem.bottlenecks import Bottleneck, BottleneckOptions, build_bottle
 from fairseq_vqem.corpora.files import replacing
 
 WARM_UP_STEPS = 4
+RANDOM_START = ", random start"
+"""Names that end so have no warm-up: their first codebook is N(0, I), inside the data."""
 CONTESTANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "hard-em": ("hard-em", {}),
     "soft-em, m = 1": ("soft-em", {"em_samples": 1}),
     "soft-em, m = 10": ("soft-em", {}),
     "soft-em, temperature 4": ("soft-em", {"posterior_temperature": 4.0}),
+    "hard-em" + RANDOM_START: ("hard-em", {}),
+    "soft-em" + RANDOM_START: ("soft-em", {}),
+    "soft-em, temperature 4" + RANDOM_START: ("soft-em", {"posterior_temperature": 4.0}),
     "soft-em, learned prior": ("soft-em", {"cluster_prior": "learned"}),
     "hard-em, k-means++": ("hard-em", {"codebook_init": "kmeans++"}),
     "soft-em, k-means++": ("soft-em", {"codebook_init": "kmeans++"}),
@@ -84,8 +89,13 @@ def draw_points(centres: Tensor, count: int, generator: torch.Generator) -> Tens
     return centres[chosen] + 0.5**0.5 * noise
 
 
-def train(task: Planted, kind: str, options: Mapping[str, Any], seed: int) -> Bottleneck:
-    """A bottleneck trained to reconstruct the points; the points are the encoder's outputs."""
+def train(
+    task: Planted, kind: str, options: Mapping[str, Any], seed: int, warm_up: int = WARM_UP_STEPS
+) -> Bottleneck:
+    """A bottleneck trained to reconstruct the points; the points are the encoder's outputs.
+
+    ``warm_up`` batches beforehand give the first codebook.
+    """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(1000 + seed)
     centres = draw_centres(task, seed)
@@ -105,10 +115,10 @@ def train(task: Planted, kind: str, options: Mapping[str, Any], seed: int) -> Bo
     parameters = list(bottleneck.parameters())
     optimiser = torch.optim.Adam(parameters, lr=task.learning_rate) if parameters else None
     bottleneck.train()
-    for step in range(WARM_UP_STEPS + task.steps):
+    for step in range(warm_up + task.steps):
         points = draw_points(centres, task.batch, generator)
-        bottleneck.set_num_updates(max(0, step - WARM_UP_STEPS))
-        if step < WARM_UP_STEPS:
+        bottleneck.set_num_updates(max(0, step - warm_up))
+        if step < warm_up:
             bottleneck.observe(points)
         else:
             output = bottleneck(points)
@@ -140,7 +150,8 @@ def run_all(task: Planted, names: Sequence[str], seeds: Sequence[int]) -> dict[s
     outcomes: dict[str, list[Outcome]] = {}
     for name in names:
         kind, options = CONTESTANTS[name]
-        outcomes[name] = [judge(task, train(task, kind, options, s), s) for s in seeds]
+        warm_up = 0 if name.endswith(RANDOM_START) else WARM_UP_STEPS
+        outcomes[name] = [judge(task, train(task, kind, options, s, warm_up), s) for s in seeds]
         found = [each.recovered for each in outcomes[name]]
         print(f"{name}: {np.mean(found):.1f} of {task.centres} centres", flush=True)
     return outcomes
