@@ -100,7 +100,7 @@ def test_memory_is_that_of_one_step() -> None:
     for kind, wanted in zip(FLOORS, (64, 32), strict=True):
         memory = peak_memory(problem(kind, rows=4096, codes=4096), 4096, PATIENCE)
         assert memory.problem is None and memory.peak_mib is not None
-        assert wanted <= memory.peak_mib < wanted + 12
+        assert wanted - 2 <= memory.peak_mib < wanted + 12
 
 
 def test_what_does_not_fit_is_skipped_and_says_so() -> None:
