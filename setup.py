@@ -35,7 +35,7 @@ setup(
             *("pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "scikit-learn>=1.4"),
             *("ruff", "mypy", "types-PyYAML"),
         ],
-        "bench": ["vector-quantize-pytorch>=1.20"],
+        "bench": ["vector-quantize-pytorch>=1.20", "ctranslate2>=4"],
     },
     entry_points={"console_scripts": ["fairseq-vqem = fairseq_vqem.cli:main"]},
 )

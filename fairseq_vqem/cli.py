@@ -9,12 +9,17 @@ from pathlib import Path
 
 import fairseq_vqem
 from fairseq_vqem.analysis import planted, posterior
-from fairseq_vqem.benchmark import bottleneck, latency, scoring, tables
+from fairseq_vqem.benchmark import command as bench
+from fairseq_vqem.benchmark import latency, scoring, tables
+from fairseq_vqem.compare import command as compare
 from fairseq_vqem.corpora import distill, prepare
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.pipeline import command as pipeline
 
-COMMANDS = (prepare, distill, pipeline, posterior, scoring, latency, bottleneck, tables, planted)
+COMMANDS = (
+    *(prepare, distill, pipeline, compare, posterior, scoring, latency),
+    *(bench, tables, planted),
+)
 
 
 def user_dir() -> str:

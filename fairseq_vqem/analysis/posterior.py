@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from fairseq import checkpoint_utils, utils
@@ -15,14 +17,10 @@ from fairseq_vqem.errors import UserError
 from fairseq_vqem.tasks.translation_vqem import TranslationVQEMTask
 
 
-@torch.no_grad()
-def reconstruct(
-    checkpoint: str, data: Path, split: str = "test", device: str = "cpu"
-) -> tuple[list[str], list[str]]:
-    """Decode every target of ``split`` from its posterior's codes, in the order of the data.
-
-    Returns:
-        Reconstructions and references, as plain text.
+def posterior_batches(
+    checkpoint: str, data: Path, split: str, device: str
+) -> Iterator[tuple[TranslationVQEMTask, Any, dict[str, Any]]]:
+    """Task, model in evaluation mode and each batch of ``split``, sources and targets.
 
     Raises:
         UserError: the checkpoint is not a ``vqem_transformer``.
@@ -38,11 +36,25 @@ def reconstruct(
     iterator = task.get_batch_iterator(
         dataset, max_sentences=64, required_batch_size_multiple=1
     ).next_epoch_itr(shuffle=False)
+    for sample in iterator:
+        yield task, model, sample if device == "cpu" else utils.move_to_cuda(sample)
+
+
+@torch.no_grad()
+def reconstruct(
+    checkpoint: str, data: Path, split: str = "test", device: str = "cpu"
+) -> tuple[list[str], list[str]]:
+    """Decode every target of ``split`` from its posterior's codes, in the order of the data.
+
+    Returns:
+        Reconstructions and references, as plain text.
+
+    Raises:
+        UserError: the checkpoint is not a ``vqem_transformer``.
+    """
     subwords = load_subwords(data)
     texts: dict[int, tuple[str, str]] = {}
-    for sample in iterator:
-        if device != "cpu":
-            sample = utils.move_to_cuda(sample)
+    for task, model, sample in posterior_batches(checkpoint, data, split, device):
         for number, tokens, target in zip(
             sample["id"].tolist(), task.posterior(sample, model), sample["target"], strict=True
         ):

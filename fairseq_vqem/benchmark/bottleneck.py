@@ -59,10 +59,8 @@ class Cell:
     skipped: dict[str, str] = field(default_factory=dict)
 
 
-def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add ``fairseq-vqem bench bottleneck``."""
-    bench = subparsers.add_parser("bench", help="time parts of the model by themselves")
-    parts = bench.add_subparsers(dest="part", required=True, metavar="PART")
+def register(parts: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the part ``bottleneck`` to ``fairseq-vqem bench``."""
     parser = parts.add_parser("bottleneck", help="a training step of every discretisation")
     parser.add_argument("--sizes", nargs="+", default=SIZES, metavar="NxK", help="rows x codes")
     parser.add_argument("--dimension", type=int, default=512, help="D")

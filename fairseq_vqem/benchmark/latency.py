@@ -1,7 +1,7 @@
 """``fairseq-vqem latency``: wall time of one sentence at a time, for several systems in one run.
 
-The clock runs from source ids on the device to output ids (`Translator.translate_batch`); subword
-encoding and decoding are outside.
+The clock runs from an encoded source to output tokens (`Engine.translate`); subword encoding and
+decoding are outside.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from fairseq_vqem.benchmark.engines import Engine, load_engine, synchroniser
 from fairseq_vqem.benchmark.signature import make_signature
 from fairseq_vqem.benchmark.tables import ResultRow, ResultTable, render_table, write_table
 from fairseq_vqem.benchmark.timing import (
@@ -23,10 +24,8 @@ from fairseq_vqem.benchmark.timing import (
     summarise,
 )
 from fairseq_vqem.corpora.files import read_lines
+from fairseq_vqem.corpora.subwords import load_subwords
 from fairseq_vqem.errors import UserError
-
-if TYPE_CHECKING:
-    from fairseq_vqem.generation.api import Translator
 
 COLUMNS = (
     "system",
@@ -55,7 +54,8 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         action="append",
         default=[],
         metavar="NAME=JSON",
-        help="""its generation and task options, e.g. 'student={"beam": 4, "latent_beam": 2}'""",
+        help="""its generation and task options, e.g. 'student={"beam": 4, "latent_beam": 2}';
+        "engine": "ctranslate2" (with "compute_type") or "exported" chooses another engine""",
     )
     parser.add_argument("--baseline", required=True, metavar="NAME", help="speed-ups refer to it")
     parser.add_argument("--source", type=Path, help="raw sentences (default: the test split)")
@@ -93,11 +93,16 @@ def parse_systems(systems: Sequence[str], options: Sequence[str]) -> dict[str, t
     return {name: (paths, parsed.get(name, {})) for name, paths in checkpoints.items()}
 
 
-def choose_evenly(sentences: Sequence[str], count: int) -> list[str]:
-    """Return `count` of the non-empty sentences, evenly spaced, or all if there are fewer."""
-    occupied = [sentence for sentence in sentences if sentence.strip()]
+def choose_places(sentences: Sequence[str], count: int) -> list[int]:
+    """Return places of `count` non-empty sentences, evenly spaced, or all if there are fewer."""
+    occupied = [place for place, sentence in enumerate(sentences) if sentence.strip()]
     count = min(count, len(occupied))
-    return [occupied[index * len(occupied) // count] for index in range(count)]
+    return [occupied[number * len(occupied) // count] for number in range(count)]
+
+
+def choose_evenly(sentences: Sequence[str], count: int) -> list[str]:
+    """Return the sentences at `choose_places`."""
+    return [sentences[place] for place in choose_places(sentences, count)]
 
 
 def result_rows(
@@ -137,24 +142,56 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
-    translators = {
-        name: _load(paths, options, arguments) for name, (paths, options) in systems.items()
-    }
+    engines = {name: _load(path, options, arguments) for name, (path, options) in systems.items()}
     sentences = choose_evenly(_sentences(arguments), arguments.sentences)
     if not sentences:
         raise UserError("There is no sentence to translate; give a --source with text.")
-    samples = {name: [t.encode([s]) for s in sentences] for name, t in translators.items()}
-    seconds = measure(
-        {name: _sentence_translator(t, samples[name]) for name, t in translators.items()},
-        len(sentences),
+    seconds, _ = time_engines(
+        engines,
+        sentences,
         repeats=arguments.repeats,
         burn_in=arguments.burn_in,
-        synchronise=_synchroniser(arguments.device),
+        device=arguments.device,
     )
-    parameters = {name: translator.parameters for name, translator in translators.items()}
-    lengths = [int(sample["net_input"]["src_lengths"][0]) for sample in samples[arguments.baseline]]
-    _report(arguments, systems, seconds, parameters, lengths)
+    parameters = {name: engine.parameters for name, engine in engines.items()}
+    _report(arguments, systems, seconds, parameters, source_lengths(arguments.data, sentences))
     return 0
+
+
+def time_engines(
+    engines: Mapping[str, Engine],
+    sentences: Sequence[str],
+    *,
+    repeats: int,
+    burn_in: int,
+    device: str = "cpu",
+) -> tuple[dict[str, Seconds], dict[str, list[str]]]:
+    """Time ``engines`` on ``sentences`` one by one, taking turns.
+
+    Returns:
+        For each engine its timings, of shape [repeats, sentences], and its translations: what was
+        timed can be compared with what was scored.
+    """
+    batches = {name: [engine.encode([s]) for s in sentences] for name, engine in engines.items()}
+    outputs: dict[str, dict[int, Any]] = {name: {} for name in engines}
+    seconds = measure(
+        {name: _timed(engine, batches[name], outputs[name]) for name, engine in engines.items()},
+        len(sentences),
+        repeats=repeats,
+        burn_in=burn_in,
+        synchronise=synchroniser(device),
+    )
+    texts = {
+        name: [engine.text(outputs[name][place][0]) for place in range(len(sentences))]
+        for name, engine in engines.items()
+    }
+    return seconds, texts
+
+
+def source_lengths(data: Path, sentences: Sequence[str]) -> list[int]:
+    """Subwords of each sentence, the end-of-sentence symbol included."""
+    subwords = load_subwords(data)
+    return [len(subwords.encode(sentence).split()) + 1 for sentence in sentences]
 
 
 def _report(
@@ -218,17 +255,16 @@ def _check_arguments(arguments: argparse.Namespace, systems: Mapping[str, object
         raise UserError("--sentences and --repeats must be at least 1, --burn-in at least 0.")
 
 
-def _load(paths: str, options: dict[str, Any], arguments: argparse.Namespace) -> Translator:
-    from fairseq_vqem.generation.api import Translator, split_options
+def _load(paths: str, options: dict[str, Any], arguments: argparse.Namespace) -> Engine:
+    import torch
 
-    generation, task_options = split_options(options)
-    return Translator.from_checkpoint(
+    return load_engine(
         paths,
         arguments.data,
+        options,
         device=arguments.device,
         dtype=arguments.dtype,
-        task_overrides=task_options,
-        **generation,
+        threads=torch.get_num_threads(),
     )
 
 
@@ -240,15 +276,10 @@ def _sentences(arguments: argparse.Namespace) -> list[str]:
     return read_split(arguments.data, "test")[0]
 
 
-def _sentence_translator(
-    translator: Translator, samples: Sequence[dict[str, Any]]
+def _timed(
+    engine: Engine, batches: Sequence[Any], outputs: dict[int, Any]
 ) -> Callable[[int], object]:
-    return lambda index: translator.translate_batch(samples[index])
+    def translate(index: int) -> None:
+        outputs[index] = engine.translate(batches[index])
 
-
-def _synchroniser(device: str) -> Callable[[], object]:
-    import torch
-
-    if device.startswith("cuda"):
-        return lambda: torch.cuda.synchronize(torch.device(device))
-    return lambda: None
+    return translate

@@ -57,6 +57,17 @@ class GenerateOutput:
     hypotheses: list[str] = field(default_factory=list)
 
 
+class PlainCHRF(CHRF):
+    """chrF whose scores are all Python floats.
+
+    sacreBLEU 2.6 mixes them with float32 where a resample has no match at all, and then fails to
+    take their mean.
+    """
+
+    def _compute_f_score(self, statistics: Any) -> float:
+        return float(super()._compute_f_score(statistics))
+
+
 def score(
     hypotheses: Sequence[str],
     references: Sequence[str],
@@ -73,7 +84,7 @@ def score(
         UserError: nothing to score, or the two sides differ in number.
     """
     _check_counts(hypotheses, references)
-    bleu, chrf = BLEU(), CHRF()
+    bleu, chrf = BLEU(), PlainCHRF()
     with _sacrebleu_seed(seed):
         bleu_score = bleu.corpus_score(hypotheses, [references], n_bootstrap=max(1, bootstrap))
         chrf_score = chrf.corpus_score(hypotheses, [references], n_bootstrap=max(1, bootstrap))
@@ -104,7 +115,7 @@ def paired_bootstrap(
         raise UserError("A paired test needs a baseline and at least one other system.")
     for hypotheses in systems.values():
         _check_counts(hypotheses, references)
-    metrics = {"BLEU": BLEU(references=[references]), "chrF": CHRF(references=[references])}
+    metrics = {"BLEU": BLEU(references=[references]), "chrF": PlainCHRF(references=[references])}
     with _sacrebleu_seed(seed):
         test = PairedTest(list(systems.items()), metrics, None, test_type="bs", n_samples=samples)
         results: dict[str, list[Any]] = test()[1]

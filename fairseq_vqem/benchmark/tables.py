@@ -132,11 +132,16 @@ def read_table(path: Path) -> tuple[ResultTable, dict[str, Any]]:
 
 def render_table(table: ResultTable, signature: Mapping[str, Any]) -> str:
     """Return the Markdown table with a line below it that says how the numbers were made."""
-    cells = [[_escaped(_cell(row, key)) for key in table.columns] for row in table.rows]
-    header = [COLUMNS[key][0] if key in COLUMNS else key for key in table.columns]
+    header, *cells = [[_escaped(cell) for cell in row] for row in table_cells(table)]
     alignment = ["---" if key in ("system", "notes") else "---:" for key in table.columns]
     lines = ["| " + " | ".join(row) + " |" for row in (header, alignment, *cells)]
     return "\n".join([*lines, "", _signature_line(signature)])
+
+
+def table_cells(table: ResultTable) -> list[list[str]]:
+    """Return the headings, then the cells of each row, as text."""
+    header = [COLUMNS[key][0] if key in COLUMNS else key for key in table.columns]
+    return [header, *([_cell(row, key) for key in table.columns] for row in table.rows)]
 
 
 def _cell(row: ResultRow, key: str) -> str:

@@ -27,8 +27,10 @@ class Recipe:
             ``distilled`` (true: distilled targets), ``from_teacher`` (true: ``--init-from``) and
             ``generate`` (options of decoding).
         decode: fairseq-generate options of the teacher's beam search.
-        variants: further ways to decode, by name: a ``student`` and its generation options.
+        variants: further ways to decode, by name: a ``student`` (or ``teacher``) and its generation
+            options; ``engine`` among them chooses another engine (``fairseq-vqem compare`` only).
         latency: options of ``fairseq-vqem latency``.
+        compare: options of ``fairseq-vqem compare``, see `fairseq_vqem.compare.settings`.
         seed: of everything.
     """
 
@@ -41,6 +43,7 @@ class Recipe:
     decode: Options = field(default_factory=dict)
     variants: dict[str, Options] = field(default_factory=dict)
     latency: Options = field(default_factory=dict)
+    compare: Options = field(default_factory=dict)
     seed: int = 1
 
 

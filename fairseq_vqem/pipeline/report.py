@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from fairseq_vqem.benchmark.scoring import paired_bootstrap, score
@@ -18,12 +19,13 @@ from fairseq_vqem.benchmark.tables import (
 from fairseq_vqem.corpora.files import read_json
 from fairseq_vqem.pipeline.stages import (
     TEACHER_GREEDY,
+    VQEM_TASK,
     Run,
     read_translations,
     reconstruct_test,
     systems,
 )
-from fairseq_vqem.pipeline.training import LOG, read_log
+from fairseq_vqem.pipeline.training import FINISHED, LOG, read_log
 
 COLUMNS = (
     "system",
@@ -86,23 +88,28 @@ def _row(timing: ResultRow, scores: Any, text: str) -> ResultRow:
 
 
 def notes(run: Run, system: str, references: list[str]) -> str:
-    """The posterior's BLEU of a student; nothing for the teacher."""
-    if system not in run.recipe.students:
+    """The posterior's BLEU of a student with latents; nothing for others."""
+    if system not in run.recipe.students or systems(run)[system].task != VQEM_TASK:
         return ""
     posterior = score(reconstruct_test(run, system), references, bootstrap=0)
     return f"posterior BLEU {posterior.bleu:.1f}"
 
 
 def training_summary(folder: Path) -> dict[str, Any]:
-    """Wall time in seconds, updates and the last validation of a training."""
+    """Wall time in seconds, updates, speed, peak memory and the last validation of a training."""
     summary: dict[str, Any] = {}
+    speeds = []
     for kind, values in read_log(folder / LOG):
         if kind == "valid":
             summary["last_validation"] = values
         if kind == "train_inner":
             summary["updates"] = int(float(values["num_updates"]))
             summary["seconds"] = float(values["wall"])
-    return summary
+            speeds.append(float(values["wps"]))
+    # The first interval includes the start.
+    summary["target_tokens_per_second"] = median(speeds[1:]) if speeds[1:] else None
+    finished = read_json(folder / FINISHED) if (folder / FINISHED).is_file() else {}
+    return {**summary, "peak_memory_mib": finished.get("peak_memory_mib")}
 
 
 def examples(

@@ -20,8 +20,22 @@ from fairseq_vqem.pipeline.recipe import Options, Recipe, flags
 from fairseq_vqem.pipeline.training import train
 
 USER_DIR = str(Path(__file__).parents[1])
+TEACHER, VQEM_TASK = "teacher", "translation_vqem"
 TEACHER_GREEDY, TEACHER_BEAM = "teacher, greedy", "teacher, beam 4"
 MAX_LENGTH: Options = {"max_len_a": 2, "max_len_b": 10}
+
+
+@dataclass(frozen=True)
+class System:
+    """A way to translate: checkpoints (joined by colons), fairseq task and decoding options."""
+
+    checkpoints: str
+    task: str
+    options: Options
+    data: str
+    """What it learned from: ``raw`` or ``distilled`` targets."""
+    model: str
+    """The teacher or the student that it decodes."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +56,7 @@ class Run:
 
     @property
     def teacher(self) -> Path:
-        return self.out / "teacher" / "checkpoint_best.pt"
+        return self.student(TEACHER)
 
     def student(self, name: str) -> Path:
         return self.out / name / "checkpoint_best.pt"
@@ -107,45 +121,58 @@ def distill(run: Run) -> None:
 def train_student(run: Run, name: str) -> None:
     """A student on distilled targets, or on the original ones with ``distilled: false``."""
     options = dict(run.recipe.students[name])
-    options |= options.pop("generate", {})  # so that validation decodes as the test does
+    decoding = options.pop("generate", {})
+    options = {"task": VQEM_TASK, **options}
+    if options["task"] == VQEM_TASK:
+        # Validation decodes as the test does.
+        options = {"criterion": "vqem_loss", **options, **decoding}
     data = run.distilled if options.pop("distilled", True) else run.data
     if options.pop("from_teacher", False):
         options["init_from"] = str(run.teacher)
-    options = {"task": "translation_vqem", "criterion": "vqem_loss", **options}
     words, updates = train_words(run, data, options)
     train(run.out / name, words, name, updates)
 
 
-def systems(run: Run) -> dict[str, tuple[str, Options]]:
-    """Every decoded system by name: its checkpoints and its generation options."""
+def systems(run: Run) -> dict[str, System]:
+    """Every decoded system by name: teacher, students, variants."""
     beam = {**MAX_LENGTH, "beam": 4, **run.recipe.decode}
     found = {
-        TEACHER_BEAM: (str(run.teacher), beam),
-        TEACHER_GREEDY: (str(run.teacher), {**beam, "beam": 1}),
+        TEACHER_BEAM: _system(run, TEACHER, beam),
+        TEACHER_GREEDY: _system(run, TEACHER, {**beam, "beam": 1}),
     }
     for name, student in run.recipe.students.items():
-        found[name] = (str(run.student(name)), dict(student.get("generate", {})))
+        found[name] = _system(run, name, student.get("generate", {}))
     for name, variant in run.recipe.variants.items():
         options = dict(variant)
-        checkpoints = str(run.student(options.pop("student")))
-        if options.get("rescore") == "teacher":
-            checkpoints += f":{run.teacher}"
-        found[name] = (checkpoints, options)
+        model = options.pop("student")
+        if model != TEACHER and model not in run.recipe.students:
+            raise UserError(f"the variant {name!r} decodes {model!r}, which is no student")
+        found[name] = _system(run, model, options)
     return found
 
 
-def translate(run: Run, system: str) -> None:
+def _system(run: Run, model: str, options: Options) -> System:
+    student = run.recipe.students.get(model, {"task": "translation", "distilled": False})
+    checkpoints = str(run.student(model))
+    if options.get("rescore") == "teacher" or options.get("iter_decode_with_external_reranker"):
+        checkpoints += f":{run.teacher}"
+    data = "distilled" if student.get("distilled", True) else "raw"
+    return System(checkpoints, student.get("task", VQEM_TASK), dict(options), data, model)
+
+
+def translate(run: Run, name: str) -> None:
     """The test set through fairseq-generate."""
-    if run.translations(system).is_file():
+    if run.translations(name).is_file():
         return
-    checkpoints, options = systems(run)[system]
-    task = "translation" if system in (TEACHER_BEAM, TEACHER_GREEDY) else "translation_vqem"
+    system = systems(run)[name]
+    if "engine" in system.options:
+        raise UserError(f"{name!r} is not a system of fairseq: use fairseq-vqem compare")
     source, target = languages(run.data)
-    words = ["fairseq_cli.generate", str(run.data), "--user-dir", USER_DIR, "--task", task]
-    words += ["-s", source, "-t", target, "--path", checkpoints, "--gen-subset", "test"]
+    words = ["fairseq_cli.generate", str(run.data), "--user-dir", USER_DIR, "--task", system.task]
+    words += ["-s", source, "-t", target, "--path", system.checkpoints, "--gen-subset", "test"]
     words += ["--batch-size", "64", "--seed", str(run.recipe.seed)]
     words += [] if run.device == "cuda" else ["--cpu"]
-    run_command([*words, *flags(options)], run.translations(system))
+    run_command([*words, *flags(system.options)], run.translations(name))
 
 
 def read_translations(run: Run, system: str) -> tuple[list[str], list[str], list[str]]:
@@ -174,10 +201,10 @@ def time_systems(run: Run) -> Path:
     if output.is_file():
         return output
     words = ["fairseq_vqem.cli", "latency", "--data", str(run.data), "--baseline", TEACHER_BEAM]
-    for system, (checkpoint, options) in systems(run).items():
-        words += ["--system", f"{system}={checkpoint}"]
-        if options:
-            words += ["--system-options", f"{system}={json.dumps(options)}"]
+    for name, system in systems(run).items():
+        words += ["--system", f"{name}={system.checkpoints}"]
+        if system.options:
+            words += ["--system-options", f"{name}={json.dumps(system.options)}"]
     words += ["--output", str(output), "--device", run.device, "--seed", str(run.recipe.seed)]
     run_command([*words, *flags(run.recipe.latency)])
     return output

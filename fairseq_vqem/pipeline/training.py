@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -37,10 +38,10 @@ def train(folder: Path, words: Sequence[str], title: str, max_update: int) -> Pa
     command = [sys.executable, "-m", "fairseq_cli.train", *words, "--save-dir", str(folder)]
     log = folder / LOG
     with log.open("a", encoding="utf-8") as sink:
-        run_logged(command, sink, title, max_update)
+        memory = run_logged(command, sink, title, max_update)
     if not best.is_file():
         raise UserError(f"{title} left no checkpoint: see {log}")
-    write_json(folder / FINISHED, {"updates": max_update})
+    write_json(folder / FINISHED, {"updates": max_update, "peak_memory_mib": memory})
     return best
 
 
@@ -55,8 +56,12 @@ def _check_same_options(path: Path, words: Sequence[str]) -> None:
         )
 
 
-def run_logged(command: Sequence[str], sink: Any, title: str, max_update: int) -> None:
-    """Run ``command``, copy its output to ``sink`` and draw its progress."""
+def run_logged(command: Sequence[str], sink: Any, title: str, max_update: int) -> float:
+    """Run ``command``, copy its output to ``sink`` and draw its progress.
+
+    Returns:
+        The most memory (MiB, resident) that the process held at any time.
+    """
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     )
@@ -68,8 +73,11 @@ def run_logged(command: Sequence[str], sink: Any, title: str, max_update: int) -
             sink.flush()
             last = line.strip() or last
             _draw(bar, parse_line(line))
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise UserError(f"{title} failed: {last} (the whole log: {sink.name})")
+    return float(usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))
 
 
 def _draw(bar: tqdm, record: tuple[str, dict[str, Any]] | None) -> None:

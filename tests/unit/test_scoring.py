@@ -117,3 +117,8 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert result["paired"][1]["bleu_p"] < 0.01
     printed = capsys.readouterr().out
     assert printed.startswith(f"BLEU {result['bleu']:.2f} ± ") and "p(BLEU)" in printed
+
+
+def test_resamples_without_any_match_have_an_interval_too() -> None:
+    scores = score(["qq", "qq", "abc"], ["aaa", "bbb", "abc"], bootstrap=50)
+    assert 0 < scores.chrf < 100 and scores.chrf_ci and scores.chrf_ci > 0

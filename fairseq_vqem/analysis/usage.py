@@ -1,0 +1,26 @@
+"""How often a student's autoencoder uses each code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from fairseq_vqem.analysis.posterior import posterior_batches
+
+
+@torch.no_grad()
+def code_counts(checkpoint: str, data: Path, split: str = "test", device: str = "cpu") -> list[int]:
+    """Uses of each code of the posterior in ``split``, the commonest first, unused ones left out.
+
+    Raises:
+        UserError: the checkpoint is not a ``vqem_transformer``.
+    """
+    found = []
+    for _, model, sample in posterior_batches(checkpoint, data, split, device):
+        lengths = sample["net_input"]["src_lengths"]
+        encoder_out = model.encoder(sample["net_input"]["src_tokens"], src_lengths=lengths)
+        codes = model.posterior_codes(sample["target"], lengths, encoder_out)
+        found.append(codes[codes >= 0].cpu())
+    counts = torch.cat(found).unique(return_counts=True)[1]
+    return [int(count) for count in counts.sort(descending=True).values]

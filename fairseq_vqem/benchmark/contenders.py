@@ -1,0 +1,144 @@
+"""The systems of ``fairseq-vqem bench decoding``, each made to write a given number of subwords."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from fairseq_vqem.benchmark.engines import CTranslate2Engine, FairseqEngine
+from fairseq_vqem.benchmark.random_models import write_random_checkpoint
+
+AR_BEAM, AR_GREEDY = "fairseq AR, beam 4", "fairseq AR, greedy"
+CT2_BEAM = "CTranslate2 AR float32, beam 4"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes shared by the AR model and the students; ``latent_layers`` gives one student each."""
+
+    layers: int
+    latent_layers: tuple[int, ...]
+    dimension: int
+    ffn_dimension: int
+    codebook_size: int
+    compress_steps: int
+
+    def codes(self, length: int) -> int:
+        """Latents of a target of ``length`` subwords and its end symbol."""
+        return -(-(length + 1) // 2**self.compress_steps)
+
+
+class Contender(Protocol):
+    """A system whose output length is prescribed."""
+
+    parameters: int
+
+    def prepare(self, sentences: Sequence[str], length: int) -> Callable[[], object]:
+        """A call that translates the batch, every sentence into ``length`` subwords."""
+
+
+class ForcedFairseqAR:
+    """fairseq's beam search with a least and a greatest length."""
+
+    def __init__(self, checkpoint: Path, data: Path, beam: int) -> None:
+        self.engine = FairseqEngine(str(checkpoint), data, {"beam": beam})
+        self.parameters = self.engine.parameters
+
+    def prepare(self, sentences: Sequence[str], length: int) -> Callable[[], object]:
+        batch, generator = self.engine.encode(sentences), self.engine.translator.generator
+
+        def translate() -> list[int]:
+            generator.min_len, generator.max_len_a, generator.max_len_b = length, 0, length
+            return [len(output) - 1 for output in self.engine.translate(batch)]
+
+        return translate
+
+
+class ForcedCTranslate2:
+    """CTranslate2's beam search with a least and a greatest length."""
+
+    def __init__(self, checkpoint: Path, data: Path, beam: int, compute_type: str) -> None:
+        import torch
+
+        options = {"beam": beam, "compute_type": compute_type}
+        threads = torch.get_num_threads()
+        self.engine = CTranslate2Engine(str(checkpoint), data, options, threads=threads)
+        self.parameters = self.engine.parameters
+
+    def prepare(self, sentences: Sequence[str], length: int) -> Callable[[], object]:
+        batch = self.engine.encode(sentences)
+
+        def translate() -> list[int]:
+            return [len(output) for output in self.engine.translate(batch, length, length)]
+
+        return translate
+
+
+class ForcedStudent:
+    """The student in PyTorch; a random model never prefers the end, so the limit is the length."""
+
+    def __init__(self, checkpoint: Path, data: Path, sizes: Sizes) -> None:
+        self.engine = FairseqEngine(str(checkpoint), data, {})
+        self.parameters, self.sizes = self.engine.parameters, sizes
+
+    def prepare(self, sentences: Sequence[str], length: int) -> Callable[[], object]:
+        batch, generator = self.engine.encode(sentences), self.engine.translator.generator
+        search = replace(generator.search, max_ratio=0.0, max_offset=length + 1)
+
+        def translate() -> object:
+            generator.search = search
+            return self.engine.translate(batch)
+
+        return translate
+
+
+def make_contenders(sizes: Sizes, data: Path, folder: Path, seed: int) -> dict[str, Contender]:
+    """Every system of these sizes whose packages are installed, with random weights."""
+    teacher = write_random_checkpoint(folder / "ar.pt", data, _ar_words(sizes), seed)
+    found: dict[str, Contender] = {
+        AR_BEAM: ForcedFairseqAR(teacher, data, 4),
+        AR_GREEDY: ForcedFairseqAR(teacher, data, 1),
+    }
+    if _installed("ctranslate2"):
+        found[CT2_BEAM] = ForcedCTranslate2(teacher, data, 4, "float32")
+        found["CTranslate2 AR float32, greedy"] = ForcedCTranslate2(teacher, data, 1, "float32")
+        found["CTranslate2 AR int8, beam 4"] = ForcedCTranslate2(teacher, data, 4, "int8")
+        found["CTranslate2 AR int8, greedy"] = ForcedCTranslate2(teacher, data, 1, "int8")
+    for layers in sizes.latent_layers:
+        path = folder / f"student{layers}.pt"
+        student = write_random_checkpoint(path, data, _student_words(sizes, layers), seed)
+        name = f"VQ-EM, {layers}-layer predictor"
+        found[f"{name}, PyTorch"] = ForcedStudent(student, data, sizes)
+    return found
+
+
+def _ar_words(sizes: Sizes) -> list[str]:
+    words = ["--task", "translation", "--arch", "transformer", "--share-all-embeddings"]
+    for side in ("encoder", "decoder"):
+        words += [f"--{side}-layers", str(sizes.layers), f"--{side}-normalize-before"]
+        words += [f"--{side}-embed-dim", str(sizes.dimension)]
+        words += [f"--{side}-ffn-embed-dim", str(sizes.ffn_dimension)]
+        words += [f"--{side}-attention-heads", str(max(1, sizes.dimension // 64))]
+    return words
+
+
+def _student_words(sizes: Sizes, latent_layers: int) -> list[str]:
+    options: dict[str, Any] = {
+        "embed-dim": sizes.dimension,
+        "ffn-embed-dim": sizes.ffn_dimension,
+        "attention-heads": max(1, sizes.dimension // 64),
+        "encoder-layers": sizes.layers,
+        "decoder-layers": sizes.layers,
+        "latent-layers": latent_layers,
+        "codebook-size": sizes.codebook_size,
+        "compress-steps": sizes.compress_steps,
+    }
+    words = ["--task", "translation_vqem", "--criterion", "vqem_loss", "--arch", "vqem_transformer"]
+    return words + [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None

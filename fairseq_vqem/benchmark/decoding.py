@@ -1,0 +1,234 @@
+"""``fairseq-vqem bench decoding``: translation at base size, random weights, given lengths.
+
+What a system costs depends on its size and on the lengths it writes, not on what it has learned.
+Every system here writes as many subwords as the reference of each sentence has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fairseq_vqem.benchmark.contenders import (
+    AR_BEAM,
+    CT2_BEAM,
+    Contender,
+    Sizes,
+    make_contenders,
+)
+from fairseq_vqem.benchmark.latency import choose_places
+from fairseq_vqem.benchmark.random_models import widen_vocabulary
+from fairseq_vqem.benchmark.signature import make_signature
+from fairseq_vqem.benchmark.splits import languages, read_split, read_tokens
+from fairseq_vqem.benchmark.tables import ResultRow, ResultTable, render_table, write_table
+from fairseq_vqem.benchmark.timing import Seconds, measure, speedup, summarise
+from fairseq_vqem.corpora.subwords import load_subwords
+from fairseq_vqem.errors import UserError
+
+THROUGHPUT = "Sentences/s (batch)"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Sentences and how many subwords, without the end symbol, to write for each."""
+
+    sentences: Sequence[str]
+    lengths: Sequence[int]
+
+
+def register(parts: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the part ``decoding`` to ``fairseq-vqem bench``."""
+    parser = parts.add_parser("decoding", help="translation at base size with random weights")
+    parser.add_argument("--data", type=Path, required=True, help="binarised data: its test set")
+    parser.add_argument("--vocabulary", type=int, default=32000, help="widen it to so many symbols")
+    parser.add_argument("--layers", type=int, default=6, help="of encoder and of decoder")
+    parser.add_argument("--latent-layers", type=int, nargs="+", default=[6, 2], metavar="N")
+    parser.add_argument("--dimension", type=int, default=512, help="hidden size")
+    parser.add_argument("--ffn-dimension", type=int, default=2048)
+    parser.add_argument("--codebook-size", type=int, default=4096)
+    parser.add_argument("--compress-steps", type=int, default=3, help="n_c")
+    parser.add_argument("--sentences", type=int, default=100, help="how many, evenly spaced")
+    parser.add_argument("--repeats", type=int, default=3, help="times each sentence is translated")
+    parser.add_argument("--burn-in", type=int, default=5, help="untimed sentences per system")
+    parser.add_argument(
+        "--batch-sizes", type=int, nargs="*", default=[8, 32], help="for throughput; may be empty"
+    )
+    parser.add_argument(
+        "--lengths", type=int, nargs="*", default=[25, 100], help="of sentences cut to size"
+    )
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--name", default="bench-decoding", help="name of the table")
+    parser.add_argument("--output", type=Path, help="result file (JSON)")
+    parser.set_defaults(run=_run)
+
+
+def read_workload(data: Path, count: int) -> Workload:
+    """``count`` test sentences with the lengths of their references."""
+    sources = read_split(data, "test")[0]
+    targets = read_tokens(data, "test", languages(data)[1])
+    places = choose_places(sources, count)
+    if not places:
+        raise UserError(f"the test set of {data} is empty: prepare data with one")
+    return Workload([sources[i] for i in places], [max(1, len(targets[i]) - 1) for i in places])
+
+
+def cut_to_length(data: Path, length: int, count: int) -> Workload:
+    """``count`` stretches of the test set of exactly ``length`` subwords, to be written as many."""
+    subwords = load_subwords(data)
+    stream = [
+        piece for line in read_split(data, "test")[0] for piece in subwords.encode(line).split()
+    ]
+    starts = range(0, len(stream) - length, length)
+    texts = (subwords.decode(" ".join(stream[start : start + length])) for start in starts)
+    # A cut word may be segmented in another way.
+    fitting = [text for text in texts if len(subwords.encode(text).split()) == length][:count]
+    if not fitting:
+        raise UserError(f"the test set of {data} has no stretch of {length} subwords")
+    return Workload(fitting, [length] * len(fitting))
+
+
+def time_workload(
+    contenders: Mapping[str, Contender], workload: Workload, repeats: int, burn_in: int
+) -> dict[str, Seconds]:
+    """Seconds of shape [repeats, sentences] at batch size 1, the contenders taking turns."""
+    pairs = list(zip(workload.sentences, workload.lengths, strict=True))
+    systems = {
+        name: _by_index([contender.prepare([text], length) for text, length in pairs])
+        for name, contender in contenders.items()
+    }
+    return measure(systems, len(pairs), repeats=repeats, burn_in=burn_in)
+
+
+def time_batches(
+    contenders: Mapping[str, Contender], workload: Workload, size: int, repeats: int
+) -> dict[str, float]:
+    """Sentences per second in batches of ``size``; a batch writes the length of its longest."""
+    order = sorted(range(len(workload.lengths)), key=lambda i: (workload.lengths[i], i))
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    systems = {}
+    for name, contender in contenders.items():
+        calls = [
+            contender.prepare(
+                [workload.sentences[i] for i in batch], max(workload.lengths[i] for i in batch)
+            )
+            for batch in batches
+        ]
+        systems[name] = _all_of(calls)
+    seconds = measure(systems, 1, repeats=repeats, burn_in=1)
+    return {name: len(order) / float(np.median(timing)) for name, timing in seconds.items()}
+
+
+def _by_index(calls: Sequence[Callable[[], object]]) -> Callable[[int], object]:
+    return lambda index: calls[index]()
+
+
+def _all_of(calls: Sequence[Callable[[], object]]) -> Callable[[int], object]:
+    return lambda _: [call() for call in calls]
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    import torch
+
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    sizes = Sizes(
+        layers=arguments.layers,
+        latent_layers=tuple(arguments.latent_layers),
+        dimension=arguments.dimension,
+        ffn_dimension=arguments.ffn_dimension,
+        codebook_size=arguments.codebook_size,
+        compress_steps=arguments.compress_steps,
+    )
+    workload = read_workload(arguments.data, arguments.sentences)
+    with tempfile.TemporaryDirectory() as folder:
+        data = widen_vocabulary(arguments.data, arguments.vocabulary, Path(folder) / "data")
+        contenders = make_contenders(sizes, data, Path(folder), arguments.seed)
+        seconds = time_workload(contenders, workload, arguments.repeats, arguments.burn_in)
+        rates = {
+            size: time_batches(contenders, workload, size, arguments.repeats)
+            for size in arguments.batch_sizes
+        }
+        by_length = {
+            length: time_workload(
+                contenders, cut_to_length(arguments.data, length, 10), arguments.repeats, 1
+            )
+            for length in arguments.lengths
+        }
+    _report(arguments, sizes, contenders, workload, seconds, rates, by_length)
+    return 0
+
+
+def _report(
+    arguments: argparse.Namespace,
+    sizes: Sizes,
+    contenders: Mapping[str, Contender],
+    workload: Workload,
+    seconds: Mapping[str, Seconds],
+    rates: Mapping[int, Mapping[str, float]],
+    by_length: Mapping[int, Mapping[str, Seconds]],
+) -> None:
+    rows = [
+        _row(name, contender, seconds, rates, by_length, arguments.seed)
+        for name, contender in contenders.items()
+    ]
+    columns = [
+        "system",
+        "latency_median_ms",
+        "latency_p90_ms",
+        *(rows[0].extra or {}),
+        "parameters",
+    ]
+    table = ResultTable(arguments.name, rows, columns)
+    signature = make_signature(data=arguments.data, seed=arguments.seed)
+    print(render_table(table, asdict(signature)))
+    if arguments.output:
+        details: dict[str, Any] = {
+            "sizes": asdict(sizes),
+            "vocabulary": arguments.vocabulary,
+            "sentences": len(workload.lengths),
+            "mean_target_subwords": float(np.mean(workload.lengths)),
+            "sentences_per_second": {str(size): dict(each) for size, each in rates.items()},
+            "repeats": arguments.repeats,
+        }
+        write_table(arguments.output, table, signature, **details)
+
+
+def _row(
+    name: str,
+    contender: Contender,
+    seconds: Mapping[str, Seconds],
+    rates: Mapping[int, Mapping[str, float]],
+    by_length: Mapping[int, Mapping[str, Seconds]],
+    seed: int,
+) -> ResultRow:
+    summary = summarise(seconds[name], seed=seed)
+    extra: dict[str, float | str] = {}
+    for baseline in (AR_BEAM, CT2_BEAM):
+        if baseline in seconds:
+            gain = speedup(seconds[baseline], seconds[name], seed=seed)
+            text = f"{gain.ratio:.2f}× [{gain.ci[0]:.2f}, {gain.ci[1]:.2f}]"
+            extra[f"Speed-up over {baseline}"] = text
+    if rates:
+        best = max(rates, key=lambda size: rates[size][name])
+        extra[THROUGHPUT] = f"{rates[best][name]:.1f} ({best})"
+    medians = {n: summarise(each[name], seed=seed).median_ms for n, each in by_length.items()}
+    extra |= {f"{length} subwords (ms)": median for length, median in medians.items()}
+    if len(medians) > 1:
+        extra["Ratio"] = medians[max(medians)] / medians[min(medians)]
+    return ResultRow(
+        system=name,
+        latency_median_ms=summary.median_ms,
+        latency_ci_ms=summary.median_ci_ms,
+        latency_p90_ms=summary.p90_ms,
+        latency_mean_ms=summary.mean_ms,
+        latency_iqr_ms=summary.iqr_ms,
+        parameters=contender.parameters,
+        extra=extra,
+    )

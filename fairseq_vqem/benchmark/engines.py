@@ -1,0 +1,243 @@
+"""Everything that translates, behind one interface, so that all are timed and scored alike."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from fairseq_vqem.corpora.subwords import load_subwords
+from fairseq_vqem.errors import UserError
+
+ENGINES = ("fairseq", "ctranslate2", "exported")
+COMPUTE_TYPES = ("float32", "int8", "int16", "bfloat16", "float16", "int8_float32")
+
+
+class Engine(Protocol):
+    """A system that reads sources only: no reference ever reaches it."""
+
+    parameters: int
+
+    def encode(self, sentences: Sequence[str]) -> Any:
+        """A batch as `translate` takes it; subword segmentation and collation happen here."""
+
+    def translate(self, batch: Any) -> list[Any]:
+        """One output per sentence, in order: what the latency benchmark times."""
+
+    def text(self, output: Any) -> str:
+        """An output as detokenised text."""
+
+
+class FairseqEngine:
+    """fairseq's own generators: any checkpoint, through the Python API.
+
+    Args:
+        checkpoint: one or several, separated by colons.
+        data: binarised data of the checkpoint.
+        options: of generation and of the task, mixed.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str,
+        data: Path,
+        options: Mapping[str, Any],
+        device: str = "cpu",
+        dtype: str = "float32",
+    ) -> None:
+        from fairseq_vqem.generation.api import Translator, split_options
+
+        generation, task_options = split_options(options)
+        self.translator = Translator.from_checkpoint(
+            checkpoint,
+            data,
+            device=device,
+            dtype=dtype,
+            task_overrides=task_options,
+            **generation,
+        )
+        self.parameters = self.translator.parameters
+
+    def encode(self, sentences: Sequence[str]) -> Any:
+        batch = self.translator.encode(sentences)
+        batch.pop("target", None)  # empty anyway; a system that asks for it must not go unnoticed
+        return batch
+
+    def translate(self, batch: Any) -> list[Any]:
+        try:
+            hypotheses = self.translator.translate_batch(batch)
+        except KeyError as error:
+            if str(error) != "'target'":
+                raise
+            raise UserError(
+                "this system reads the reference while translating: its scores would be worthless"
+            ) from error
+        return [hypothesis["tokens"] for hypothesis in hypotheses]
+
+    def text(self, output: Any) -> str:
+        return self.translator.decode(output)
+
+
+class CTranslate2Engine:
+    """An AR Transformer of fairseq in CTranslate2, what a practitioner would run instead.
+
+    Args:
+        checkpoint: one AR Transformer; it is converted in a temporary folder.
+        options: ``beam``, ``lenpen``, ``max_len_a``, ``max_len_b`` as in fairseq, and
+            ``compute_type`` (float32, int8, …).
+
+    Raises:
+        UserError: CTranslate2 is not installed, cannot convert the model, or an option is unknown.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str,
+        data: Path,
+        options: Mapping[str, Any],
+        device: str = "cpu",
+        threads: int = 1,
+    ) -> None:
+        ctranslate2 = _import_ctranslate2()
+        known = dict(options)
+        compute_type = known.pop("compute_type", "float32")
+        self.beam = int(known.pop("beam", 5))
+        self.length_penalty = float(known.pop("lenpen", 1.0))
+        self.max_length = float(known.pop("max_len_a", 0)), int(known.pop("max_len_b", 200))
+        if known:
+            raise UserError(f"the engine ctranslate2 has no option {', '.join(sorted(known))}")
+        if compute_type not in COMPUTE_TYPES:
+            raise UserError(f"compute_type is {compute_type!r}: choose from {COMPUTE_TYPES}")
+        self.subwords = load_subwords(data)
+        self.parameters = _count_parameters(checkpoint)
+        with tempfile.TemporaryDirectory() as folder:
+            converted = str(Path(folder) / "model")
+            _convert(ctranslate2, checkpoint, data, converted)
+            self.translator = ctranslate2.Translator(
+                converted,
+                device=device.split(":")[0],
+                compute_type=compute_type,
+                inter_threads=1,
+                intra_threads=threads,
+            )
+
+    def encode(self, sentences: Sequence[str]) -> Any:
+        return [self.subwords.encode(sentence).split() for sentence in sentences]
+
+    def translate(
+        self, batch: Any, min_length: int = 1, max_length: int | None = None
+    ) -> list[Any]:
+        """As `Engine.translate`; the lengths, in tokens without EOS, hold for the whole batch."""
+        slope, offset = self.max_length
+        longest = max(map(len, batch), default=0) + 1  # fairseq counts the end-of-sentence symbol
+        results = self.translator.translate_batch(
+            batch,
+            beam_size=self.beam,
+            length_penalty=self.length_penalty,
+            min_decoding_length=min_length,
+            max_decoding_length=max_length or int(slope * longest + offset),
+            max_batch_size=0,
+        )
+        return [result.hypotheses[0] for result in results]
+
+    def text(self, output: Any) -> str:
+        return self.subwords.decode(" ".join(output))
+
+
+def load_engine(
+    checkpoint: str,
+    data: Path,
+    options: Mapping[str, Any],
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    threads: int = 1,
+) -> Engine:
+    """The engine that ``options["engine"]`` names (fairseq by default), with the other options.
+
+    Raises:
+        UserError: no such engine, its package is missing, or an option is wrong.
+    """
+    rest = dict(options)
+    name = rest.pop("engine", "fairseq")
+    if name not in ENGINES:
+        raise UserError(f"there is no engine {name!r}: choose from {', '.join(ENGINES)}")
+    if name == "fairseq":
+        return FairseqEngine(checkpoint, data, rest, device, dtype)
+    if dtype != "float32":
+        raise UserError(
+            f"--dtype {dtype} is for fairseq's engine: set the weights of {name} itself"
+        )
+    if name == "ctranslate2":
+        return CTranslate2Engine(checkpoint, data, rest, device, threads)
+    from fairseq_vqem.export.engine import ExportedEngine
+
+    return ExportedEngine(checkpoint, data, rest, device, threads)
+
+
+def translate_all(engine: Engine, sentences: Sequence[str], batch_size: int) -> list[str]:
+    """One translation per sentence, in order; an empty line stays empty.
+
+    Raises:
+        UserError: the engine lost or invented a sentence.
+    """
+    translations = [""] * len(sentences)
+    for batch in length_batches(sentences, batch_size):
+        outputs = engine.translate(engine.encode([sentences[i] for i in batch]))
+        if len(outputs) != len(batch):
+            raise UserError(
+                f"{len(batch)} sentences went in and {len(outputs)} came out: a system that drops"
+                " sentences cannot be compared"
+            )
+        for place, output in zip(batch, outputs, strict=True):
+            translations[place] = engine.text(output)
+    return translations
+
+
+def length_batches(sentences: Sequence[str], batch_size: int) -> list[list[int]]:
+    """Places of the non-empty sentences in batches of similar length."""
+    occupied = [place for place, sentence in enumerate(sentences) if sentence.strip()]
+    ordered = sorted(occupied, key=lambda place: (-len(sentences[place].split()), place))
+    return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+
+
+def synchroniser(device: str) -> Callable[[], object]:
+    """A function that waits until ``device`` is idle."""
+    if not device.startswith("cuda"):
+        return lambda: None
+    import torch
+
+    return lambda: torch.cuda.synchronize(torch.device(device))
+
+
+def _import_ctranslate2() -> Any:
+    try:
+        import ctranslate2
+    except ImportError as error:
+        raise UserError(
+            "the engine ctranslate2 needs the package of that name: pip install ctranslate2"
+        ) from error
+    return ctranslate2
+
+
+def _convert(ctranslate2: Any, checkpoint: str, data: Path, folder: str) -> None:
+    from ctranslate2.converters import FairseqConverter
+
+    try:
+        FairseqConverter(checkpoint, str(data)).convert(folder)
+    # Whatever the converter does not understand, it reports in its own many ways.
+    except Exception as error:
+        raise UserError(
+            f"CTranslate2 cannot convert {checkpoint} ({error}): give one AR Transformer"
+        ) from error
+
+
+def _count_parameters(checkpoint: str) -> int:
+    from fairseq import checkpoint_utils
+
+    model = checkpoint_utils.load_checkpoint_to_cpu(checkpoint)["model"]
+    unique = {
+        value.data_ptr(): value.numel() for value in model.values() if value.is_floating_point()
+    }
+    return sum(unique.values())

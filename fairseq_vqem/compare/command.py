@@ -1,0 +1,84 @@
+"""``fairseq-vqem compare``: the whole comparison, from corpus to report."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+
+from fairseq_vqem.benchmark.splits import languages
+from fairseq_vqem.benchmark.tables import render_table
+from fairseq_vqem.compare.fairness import check_no_leak, check_same_outputs
+from fairseq_vqem.compare.measurements import load_engines, time_rows, translate_rows
+from fairseq_vqem.compare.page import write_page
+from fairseq_vqem.compare.report import Findings, write_comparison
+from fairseq_vqem.compare.settings import Settings, read_settings
+from fairseq_vqem.corpora.files import read_lines, replacing
+from fairseq_vqem.pipeline import stages
+from fairseq_vqem.pipeline.recipe import read_recipe
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add ``fairseq-vqem compare``."""
+    parser = subparsers.add_parser(
+        "compare", help="train, decode, score and time every system of a recipe; resumable"
+    )
+    parser.add_argument("recipe", type=Path, help="a recipe.yaml")
+    parser.add_argument("--out", type=Path, required=True, help="folder for everything it makes")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    started = time.monotonic()
+    run = stages.Run(read_recipe(arguments.recipe), arguments.out.resolve(), arguments.device)
+    settings = read_settings(run.recipe, stages.systems(run))
+    stages.prepare(run)
+    check_no_leak(run.out / "corpus" / "raw", *languages(run.data))
+    stages.train_teacher(run)
+    stages.distill(run)
+    for name in run.recipe.students:
+        stages.train_student(run, name)
+    print(compare(run, settings))
+    print(f"\nTook {(time.monotonic() - started) / 60:.1f} minutes.")
+    return 0
+
+
+def compare(run: stages.Run, settings: Settings) -> str:
+    """Translate, score and time every system; write ``compare.{json,md,html}``.
+
+    Returns:
+        The table as Markdown.
+
+    Raises:
+        UserError: a system lost sentences, or its outputs depend on what they should not.
+    """
+    import torch
+
+    threads = int(run.recipe.latency.get("threads") or torch.get_num_threads())
+    torch.set_num_threads(threads)
+    systems = stages.systems(run)
+    source, target = languages(run.data)
+    raw = run.out / "corpus" / "raw"
+    sources = list(read_lines(raw / f"test.{source}"))
+    references = list(read_lines(raw / f"test.{target}"))
+    engines = load_engines(run, systems, threads)
+    hypotheses = translate_rows(run, systems, engines, sources, settings.decode_batch_size)
+    timings = time_rows(run, systems, engines, sources, settings)
+    same = check_same_outputs(
+        hypotheses, timings["translations"], timings["places"], settings.sampled
+    )
+    findings = Findings(
+        run, settings, systems, engines, sources, references, hypotheses, timings, same
+    )
+    table, result = write_comparison(run.out / "compare.json", findings)
+    seconds = {name: np.asarray(timings["seconds"][name]) for name in systems}
+    texts = {"source": sources, "reference": references, **hypotheses}
+    page = run.out / "compare.html"
+    write_page(page, table, result, seconds, timings["source_tokens"], texts)
+    text = render_table(table, result["signature"])
+    with replacing(run.out / "compare.md") as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+    return f"\n{text}\n\nReport: {page}"

@@ -1,0 +1,79 @@
+"""Checks without which a comparison is worth nothing; each one fails loudly."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+from fairseq_vqem.corpora.files import read_lines
+from fairseq_vqem.errors import UserError
+
+SAME_OUTPUTS = 0.95
+
+
+def check_no_leak(raw: Path, source: str, target: str) -> None:
+    """No pair of the test set, and no source sentence of it, may have been learned from.
+
+    Args:
+        raw: folder of ``train.LANG`` and ``test.LANG``.
+
+    Raises:
+        UserError: a test sentence is in the training data.
+    """
+    test = {line: number for number, line in enumerate(read_lines(raw / f"test.{source}"), 1)}
+    shared = sorted(
+        (test[line], line) for line in set(read_lines(raw / f"train.{source}")) if line in test
+    )
+    if shared:
+        number, line = shared[0]
+        raise UserError(
+            f"{len(shared)} of {len(test)} test sentences are in the training data (first: line"
+            f" {number} of test.{source}, {line!r}): the scores would be worthless; split anew"
+        )
+
+
+def check_complete(name: str, hypotheses: Sequence[str], sources: Sequence[str]) -> None:
+    """One hypothesis per source; an empty one only where a system says nothing.
+
+    Raises:
+        UserError: sentences are missing.
+    """
+    if len(hypotheses) != len(sources):
+        raise UserError(
+            f"{name!r} has {len(hypotheses)} translations of {len(sources)} sentences:"
+            " a comparison needs all of them"
+        )
+
+
+def check_same_outputs(
+    scored: Mapping[str, Sequence[str]],
+    timed: Mapping[str, Sequence[str]],
+    places: Sequence[int],
+    sampled: Collection[str] = (),
+) -> dict[str, float]:
+    """What was timed one by one must be what was scored in batches, sentence by sentence.
+
+    A few near-ties may fall differently, since batches of another shape round differently.
+
+    Args:
+        scored: translations of the whole test set by system.
+        timed: translations of the sentences at ``places``, by system.
+        sampled: systems that draw random numbers; reported, not checked.
+
+    Returns:
+        For each system the share of timed sentences with the same translation.
+
+    Raises:
+        UserError: a system differs in more than one sentence of twenty.
+    """
+    shares = {}
+    for name, outputs in timed.items():
+        same = [output == scored[name][at] for output, at in zip(outputs, places, strict=True)]
+        shares[name] = sum(same) / len(same)
+        if shares[name] < SAME_OUTPUTS and name not in sampled:
+            raise UserError(
+                f"{name!r} translates {1 - shares[name]:.0%} of the sentences differently one by"
+                " one than in batches: it depends on the batch, on the order or on something that"
+                " it should not see; nothing was reported"
+            )
+    return shares

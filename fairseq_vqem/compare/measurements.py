@@ -1,0 +1,132 @@
+"""Translations and timings of every row, kept on disk so that an interrupted run goes on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fairseq_vqem.benchmark.engines import Engine, load_engine, translate_all
+from fairseq_vqem.benchmark.latency import choose_places, source_lengths, time_engines
+from fairseq_vqem.benchmark.signature import make_signature
+from fairseq_vqem.benchmark.throughput import time_throughput
+from fairseq_vqem.compare.fairness import check_complete
+from fairseq_vqem.compare.settings import Settings
+from fairseq_vqem.corpora.files import file_sha256, read_json, write_json
+from fairseq_vqem.pipeline.stages import Run, System
+
+BURN_IN = 10
+
+
+def load_engines(run: Run, systems: Mapping[str, System], threads: int) -> dict[str, Engine]:
+    """Every system, ready to translate."""
+    return {
+        name: load_engine(
+            system.checkpoints, run.data, system.options, device=run.device, threads=threads
+        )
+        for name, system in systems.items()
+    }
+
+
+def translate_rows(
+    run: Run,
+    systems: Mapping[str, System],
+    engines: Mapping[str, Engine],
+    sources: Sequence[str],
+    batch_size: int,
+) -> dict[str, list[str]]:
+    """Translations of ``sources`` by every system, from disk where they are up to date."""
+    found = {}
+    for name, system in systems.items():
+        path = run.out / "compare" / f"{file_name(name)}.json"
+        identity = _identity(system)
+        kept = read_json(path) if path.is_file() else {}
+        if kept.get("system") != identity:
+            print(f"translating the test set: {name}", flush=True)
+            _seed(run.recipe.seed)
+            hypotheses = translate_all(engines[name], sources, batch_size)
+            kept = {"system": identity, "hypotheses": hypotheses}
+            write_json(path, kept)
+        check_complete(name, kept["hypotheses"], sources)
+        found[name] = kept["hypotheses"]
+    return found
+
+
+def time_rows(
+    run: Run,
+    systems: Mapping[str, System],
+    engines: Mapping[str, Engine],
+    sources: Sequence[str],
+    settings: Settings,
+) -> dict[str, Any]:
+    """Latency at batch size 1 and throughput in batches, all systems taking turns.
+
+    Returns:
+        ``places`` (which sentences were timed), ``source_tokens`` of each, and by system
+        ``seconds`` ([repeats, sentences]), ``translations`` and ``throughput``; ``signature`` says
+        how they were made, perhaps by an earlier call.
+    """
+    path = run.out / "compare" / "timings.json"
+    identity = {name: _identity(system) for name, system in systems.items()}
+    options = {**run.recipe.latency, **asdict(settings)}
+    wanted = _plain({"systems": identity, "options": options})
+    kept = read_json(path) if path.is_file() else {}
+    if kept.get("of") == wanted:
+        return dict(kept)
+    print("timing all systems, sentence by sentence", flush=True)
+    places = choose_places(sources, int(run.recipe.latency.get("sentences", 200)))
+    chosen = [sources[place] for place in places]
+    _seed(run.recipe.seed)
+    seconds, texts = time_engines(
+        engines,
+        chosen,
+        repeats=int(run.recipe.latency.get("repeats", 3)),
+        burn_in=int(run.recipe.latency.get("burn_in", BURN_IN)),
+        device=run.device,
+    )
+    print("timing all systems, batch by batch", flush=True)
+    throughput = time_throughput(
+        engines,
+        sources,
+        settings.batch_sizes,
+        repeats=settings.throughput_repeats,
+        device=run.device,
+    )
+    signature = make_signature(data=run.data, seed=run.recipe.seed, device=run.device)
+    kept = {
+        "of": wanted,
+        "signature": asdict(signature),
+        "places": places,
+        "source_tokens": source_lengths(run.data, chosen),
+        "seconds": {name: timing.tolist() for name, timing in seconds.items()},
+        "translations": texts,
+        "throughput": {name: asdict(each) for name, each in throughput.items()},
+    }
+    write_json(path, kept)
+    return kept
+
+
+def file_name(system: str) -> str:
+    """A system's name as a file name."""
+    return re.sub(r"[^\w.+-]+", "-", system).strip("-")
+
+
+def _identity(system: System) -> dict[str, Any]:
+    """Changes when the checkpoints or the options do."""
+    checksums = [file_sha256(Path(part)) for part in system.checkpoints.split(":")]
+    return {"checkpoints": checksums, "options": _plain(system.options), "task": system.task}
+
+
+def _plain(value: Any) -> Any:
+    """``value`` as JSON gives it back."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def _seed(seed: int) -> None:
+    import torch
+
+    torch.manual_seed(seed)

@@ -1,0 +1,193 @@
+"""One row per system: quality, speed, cost, and how sure each number is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fairseq_vqem.analysis.usage import code_counts
+from fairseq_vqem.benchmark.engines import Engine
+from fairseq_vqem.benchmark.scoring import PairedScore, Scores, paired_bootstrap, score
+from fairseq_vqem.benchmark.signature import make_signature
+from fairseq_vqem.benchmark.tables import ResultRow, ResultTable, write_table
+from fairseq_vqem.benchmark.timing import medians_by_length, speedup, summarise
+from fairseq_vqem.compare.settings import Settings
+from fairseq_vqem.errors import UserError
+from fairseq_vqem.pipeline.report import training_summary
+from fairseq_vqem.pipeline.stages import TEACHER, VQEM_TASK, Run, System
+
+DATA, P_VALUE, COMET = "Targets", "p", "COMET"
+THROUGHPUT, TRAINING, MEMORY = "Sentences/s (batch)", "Training (tokens/s)", "Training memory (MiB)"
+P_LIMIT = 0.0005
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was measured, before it is laid out."""
+
+    run: Run
+    settings: Settings
+    systems: Mapping[str, System]
+    engines: Mapping[str, Engine]
+    sources: Sequence[str]
+    references: Sequence[str]
+    hypotheses: Mapping[str, Sequence[str]]
+    timings: Mapping[str, Any]
+    same_outputs: Mapping[str, float]
+
+    def seconds(self, system: str) -> np.ndarray:
+        """Timings of shape [repeats, sentences]."""
+        return np.asarray(self.timings["seconds"][system])
+
+
+def make_table(findings: Findings) -> tuple[ResultTable, dict[str, Any]]:
+    """The table, and what goes beside it into the result file."""
+    run, settings = findings.run, findings.settings
+    scores = {
+        name: score(lines, findings.references) for name, lines in findings.hypotheses.items()
+    }
+    paired = {each.system: each for each in _paired(findings)}
+    comet = comet_scores(settings.comet, findings) if settings.comet else {}
+    models = dict.fromkeys(system.model for system in findings.systems.values())
+    training = {name: training_summary(run.out / name) for name in models}
+    rows = [
+        _row(findings, name, scores[name], paired[name], training, comet.get(name))
+        for name in findings.systems
+    ]
+    columns = ["system", DATA, "bleu", P_VALUE, "chrf", *([COMET] if comet else [])]
+    columns += ["latency_median_ms", "latency_p90_ms"]
+    columns += [_speedup_heading(baseline) for baseline in settings.baselines]
+    columns += [THROUGHPUT, "parameters", TRAINING, MEMORY]
+    seconds = {name: findings.seconds(name) for name in findings.systems}
+    details = {
+        "paired_bootstrap": {"against": settings.reference, "scores": _dicts(paired.values())},
+        "latency_by_source_length": medians_by_length(seconds, findings.timings["source_tokens"]),
+        "throughput": findings.timings["throughput"],
+        "timings_signature": findings.timings["signature"],
+        "same_output_timed_and_scored": dict(findings.same_outputs),
+        "training": training,
+        "code_counts": usage(findings),
+        "recipe": asdict(run.recipe),
+        "sacrebleu": next(iter(scores.values())).signatures,
+    }
+    return ResultTable(run.recipe.name, rows, columns), details
+
+
+def write_comparison(path: Path, findings: Findings) -> tuple[ResultTable, dict[str, Any]]:
+    """Write the signed result file; returns the table and what `read_result` would give."""
+    table, details = make_table(findings)
+    signature = make_signature(
+        data=findings.run.data,
+        seed=findings.run.recipe.seed,
+        device=findings.run.device,
+        sacrebleu=details.pop("sacrebleu"),
+    )
+    write_table(path, table, signature, **details)
+    return table, {**details, "signature": asdict(signature)}
+
+
+def _row(
+    findings: Findings,
+    name: str,
+    scores: Scores,
+    paired: PairedScore,
+    training: Mapping[str, Mapping[str, Any]],
+    comet: float | None,
+) -> ResultRow:
+    seed, system = findings.run.recipe.seed, findings.systems[name]
+    seconds = findings.seconds(name)
+    summary = summarise(seconds, seed=seed)
+    throughput = findings.timings["throughput"][name]
+    cost = training[system.model]
+    extra: dict[str, float | str] = {DATA: system.data, P_VALUE: _p_value(paired.bleu_p)}
+    if comet is not None:
+        extra[COMET] = comet
+    for baseline in findings.settings.baselines:
+        gain = speedup(findings.seconds(baseline), seconds, seed=seed)
+        text = f"{gain.ratio:.2f}× [{gain.ci[0]:.2f}, {gain.ci[1]:.2f}]"
+        extra[_speedup_heading(baseline)] = text
+    extra[THROUGHPUT] = f"{throughput['best']:.1f} ({throughput['best_batch_size']})"
+    extra[TRAINING] = _whole(cost.get("target_tokens_per_second"))
+    extra[MEMORY] = _whole(cost.get("peak_memory_mib"))
+    return ResultRow(
+        system=name,
+        bleu=scores.bleu,
+        bleu_ci=scores.bleu_ci,
+        chrf=scores.chrf,
+        chrf_ci=scores.chrf_ci,
+        latency_median_ms=summary.median_ms,
+        latency_ci_ms=summary.median_ci_ms,
+        latency_p90_ms=summary.p90_ms,
+        latency_mean_ms=summary.mean_ms,
+        latency_iqr_ms=summary.iqr_ms,
+        parameters=findings.engines[name].parameters,
+        extra=extra,
+    )
+
+
+def _paired(findings: Findings) -> list[PairedScore]:
+    reference = findings.settings.reference
+    others = {name: lines for name, lines in findings.hypotheses.items() if name != reference}
+    systems = {reference: findings.hypotheses[reference], **others}
+    return paired_bootstrap(systems, findings.references)
+
+
+def usage(findings: Findings) -> dict[str, list[int]]:
+    """Uses of each code on the test set, for every student with latents."""
+    run = findings.run
+    students = dict.fromkeys(
+        system.model
+        for system in findings.systems.values()
+        if system.task == VQEM_TASK and system.model != TEACHER
+    )
+    return {
+        name: code_counts(str(run.student(name)), run.data, device=run.device) for name in students
+    }
+
+
+def comet_scores(checkpoint: str, findings: Findings) -> dict[str, float]:
+    """COMET of every system, in percent.
+
+    Raises:
+        UserError: the package or the checkpoint is not there.
+    """
+    try:
+        from comet import load_from_checkpoint
+    except ImportError as error:
+        raise UserError("compare's option comet needs: pip install unbabel-comet") from error
+    if not Path(checkpoint).is_file():
+        raise UserError(f"there is no COMET checkpoint {checkpoint}: leave the option comet out")
+    model = load_from_checkpoint(checkpoint)
+    scores = {}
+    for name, lines in findings.hypotheses.items():
+        samples = [
+            {"src": source, "mt": line, "ref": reference}
+            for source, line, reference in zip(
+                findings.sources, lines, findings.references, strict=True
+            )
+        ]
+        gpus = int(findings.run.device == "cuda")
+        scores[name] = 100 * float(model.predict(samples, gpus=gpus).system_score)
+    return scores
+
+
+def _speedup_heading(baseline: str) -> str:
+    return f"Speed-up over {baseline}"
+
+
+def _p_value(value: float | None) -> str:
+    if value is None:
+        return "baseline"
+    return "< 0.001" if value < P_LIMIT else f"{value:.3f}"
+
+
+def _whole(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0f}"
+
+
+def _dicts(records: Any) -> list[dict[str, Any]]:
+    return [asdict(record) for record in records]

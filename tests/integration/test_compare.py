@@ -1,0 +1,146 @@
+"""One command from corpus to report, resumable; a lost sentence or a leak stops it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from workshop import Outcome, Workshop
+
+from fairseq_vqem.benchmark.tables import read_table
+
+TINY = {
+    **{"encoder_layers": 1, "decoder_layers": 1, "share_all_embeddings": True},
+    **{"encoder_embed_dim": 32, "decoder_embed_dim": 32, "encoder_attention_heads": 2},
+    **{"encoder_ffn_embed_dim": 64, "decoder_ffn_embed_dim": 64, "decoder_attention_heads": 2},
+    **{"encoder_normalize_before": True, "decoder_normalize_before": True},
+    **{"arch": "transformer", "criterion": "cross_entropy", "max_update": 160},
+    **{
+        "eval_bleu": True,
+        "eval_bleu_args": '{"beam": 1, "min_len": 3, "max_len_b": 9}',
+        "eval_bleu_remove_bpe": "sentencepiece",
+    },
+}
+HAS_CTRANSLATE2 = importlib.util.find_spec("ctranslate2") is not None
+ENGINE_ROWS = {
+    "teacher, CTranslate2": {
+        **{"student": "teacher", "engine": "ctranslate2", "compute_type": "int8"},
+        **{"beam": 4, "max_len_a": 0, "max_len_b": 9},
+    }
+}
+RECIPE: dict[str, Any] = {
+    "name": "compare-test",
+    "prepare": {"corpus": "sample", "max_words": 5, "vocab_size": 400},
+    "common": {
+        **{"optimizer": "adam", "lr": "5e-3", "lr_scheduler": "fixed", "batch_size": 16},
+        **{"required_batch_size_multiple": 1, "log_interval": 20, "validate_interval": 1},
+        **{"num_workers": 0, "no_epoch_checkpoints": True},
+    },
+    "teacher": TINY,
+    "distill": {"beam": 2, "max_length": 12},
+    "decode": {"max_len_a": 0, "max_len_b": 9},
+    "students": {
+        "AR": {
+            **TINY,
+            **{"task": "translation", "distilled": True},
+            "generate": {"beam": 1, "max_len_a": 0, "max_len_b": 9},
+        },
+        "vqem": {
+            **{"arch": "vqem_transformer_tiny", "distilled": False, "max_update": 160},
+            **{"eval_latent_bleu": True, "generate": {"remove_repeats": True}},
+        },
+    },
+    "variants": {
+        "vqem, 3 candidates": {
+            **{"student": "vqem", "latent_beam": 3, "latent_candidates": 3, "rescore": "teacher"},
+        },
+        **(ENGINE_ROWS if HAS_CTRANSLATE2 else {}),
+    },
+    "latency": {"sentences": 6, "repeats": 1, "threads": 1, "burn_in": 1},
+    "compare": {
+        **{"baselines": ["teacher, beam 4", "teacher, greedy"], "batch_sizes": [4, 16]},
+        **{"throughput_repeats": 1, "decode_batch_size": 8},
+    },
+}
+ROWS = ["teacher, beam 4", "teacher, greedy", "AR", "vqem", *RECIPE["variants"]]
+
+
+def compare(folder: Path) -> Outcome:
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(RECIPE), encoding="utf-8")
+    words = ("compare", recipe, "--out", folder / "out")
+    return Workshop(folder).run("fairseq_vqem.cli", *words)
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("compare")
+    outcome = compare(folder)
+    assert outcome.status == 0, outcome.text
+    return folder
+
+
+def test_the_report_has_every_row_with_all_its_numbers(compared: Path) -> None:
+    table, signature = read_table(compared / "out" / "compare.json")
+    assert [row.system for row in table.rows] == ROWS
+    for row in table.rows:
+        assert None not in (row.bleu, row.bleu_ci, row.chrf, row.parameters)
+        assert row.latency_median_ms and row.latency_median_ms > 0
+        assert row.extra and set(table.columns) - set(row.extra) <= {
+            *("system", "bleu", "chrf", "latency_median_ms", "latency_p90_ms", "parameters")
+        }
+    by_name = {row.system: row.extra for row in table.rows}
+    assert by_name["AR"]["Targets"] == "distilled" and by_name["vqem"]["Targets"] == "raw"
+    assert by_name["teacher, beam 4"]["Speed-up over teacher, beam 4"].startswith("1.00×")
+    assert by_name["teacher, greedy"]["p"] == "baseline"
+    assert float(by_name["vqem"]["Training memory (MiB)"]) > 100
+    assert signature["data_checksum"] and signature["threads"] == 1
+    assert str(compared) not in (compared / "out" / "compare.json").read_text("utf-8")
+    assert (compared / "out" / "compare.md").is_file()
+    page = (compared / "out" / "compare.html").read_text("utf-8")
+    assert all(name in page for name in ROWS) and page.count("<svg") == 3
+
+
+def test_a_second_call_reuses_everything(compared: Path) -> None:
+    kept = compared / "out" / "compare" / "timings.json"
+    before = kept.stat().st_mtime_ns
+    outcome = compare(compared)
+    assert outcome.status == 0, outcome.text
+    assert "vqem: finished before" in outcome.output
+    assert "translating" not in outcome.output and "timing" not in outcome.output
+    assert kept.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("loss", ["dropped", "shuffled"])
+def test_a_lost_or_misplaced_sentence_stops_the_report(compared: Path, loss: str) -> None:
+    path = compared / "out" / "compare" / "vqem.json"
+    original = path.read_text("utf-8")
+    content = json.loads(original)
+    lines = content["hypotheses"]
+    assert len(set(lines)) > 3
+    content["hypotheses"] = lines[:-1] if loss == "dropped" else [*lines[1:], lines[0]]
+    path.write_text(json.dumps(content), encoding="utf-8")
+    report = (compared / "out" / "compare.json").read_bytes()
+    outcome = compare(compared)
+    path.write_text(original, encoding="utf-8")
+    assert outcome.status == 1 and "'vqem'" in outcome.errors
+    assert "Traceback" not in outcome.errors
+    assert (compared / "out" / "compare.json").read_bytes() == report
+
+
+def test_a_leaked_test_sentence_stops_everything(tmp_path: Path) -> None:
+    from fairseq_vqem.compare.fairness import check_no_leak
+    from fairseq_vqem.corpora import sample
+    from fairseq_vqem.errors import UserError
+
+    sample.write_sample(tmp_path, 3)
+    check_no_leak(tmp_path, "en", "de")
+    leaked = (tmp_path / "test.en").read_text("utf-8").splitlines()[0]
+    with (tmp_path / "train.en").open("a", encoding="utf-8") as train:
+        train.write(leaked + "\n")
+    with pytest.raises(UserError, match="training data"):
+        check_no_leak(tmp_path, "en", "de")

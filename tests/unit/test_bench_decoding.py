@@ -1,0 +1,102 @@
+"""Every contender writes as many subwords as it is told to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from fairseq.data import Dictionary
+from test_api import make_data
+
+from fairseq_vqem.benchmark.contenders import (
+    AR_BEAM,
+    CT2_BEAM,
+    ForcedFairseqAR,
+    ForcedStudent,
+    Sizes,
+    make_contenders,
+)
+from fairseq_vqem.benchmark.decoding import cut_to_length, read_workload
+from fairseq_vqem.benchmark.random_models import widen_vocabulary
+from fairseq_vqem.benchmark.splits import read_split
+from fairseq_vqem.benchmark.tables import read_table
+from fairseq_vqem.cli import main
+from fairseq_vqem.corpora.subwords import load_subwords
+from fairseq_vqem.errors import UserError
+
+SIZES = Sizes(1, (1,), 64, 64, 16, 2)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("bench-decoding"))
+
+
+def test_a_code_covers_two_to_the_compress_steps() -> None:
+    assert [SIZES.codes(length) for length in (1, 3, 4, 7, 8)] == [1, 1, 2, 2, 3]
+
+
+def test_workload_is_the_test_set(data: Path) -> None:
+    workload = read_workload(data, 100)
+    sources, targets = read_split(data, "test")
+    assert list(workload.sentences) == sources
+    subwords = load_subwords(data)
+    assert list(workload.lengths) == [len(subwords.encode(line).split()) for line in targets]
+
+
+def test_stretches_have_the_length_asked_for(data: Path) -> None:
+    workload = cut_to_length(data, 5, 3)
+    lengths = [len(load_subwords(data).encode(text).split()) for text in workload.sentences]
+    assert lengths and set(lengths) == {5} == set(workload.lengths)
+    with pytest.raises(UserError, match="no stretch of 5000 subwords"):
+        cut_to_length(data, 5000, 3)
+
+
+def test_vocabulary_is_widened(data: Path, tmp_path: Path) -> None:
+    wide = widen_vocabulary(data, 60, tmp_path / "wide")
+    own, wider = (Dictionary.load(str(folder / "dict.de.txt")) for folder in (data, wide))
+    assert len(wider) == 60 and wider.symbols[: len(own)] == own.symbols
+    with pytest.raises(UserError, match="--vocabulary 10 is smaller"):
+        widen_vocabulary(data, 10, tmp_path / "narrow")
+
+
+def test_contenders_obey_the_length(data: Path, tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    contenders = make_contenders(SIZES, data, tmp_path, seed=1)
+    for name, contender in contenders.items():
+        for length in (1, 5, 12):
+            written = contender.prepare(["the cat", "the dog sees the cow"], length)()
+            if isinstance(contender, ForcedStudent):
+                generator = contender.engine.translator.generator
+                batch = contender.engine.encode(["the cat"])
+                assert codes_of(generator, contender, batch) == SIZES.codes(length)
+            else:
+                assert written == [length, length], name
+    assert isinstance(contenders[AR_BEAM], ForcedFairseqAR)
+
+
+def codes_of(generator, contender: ForcedStudent, batch) -> int:  # type: ignore[no-untyped-def]
+    from fairseq_vqem.generation.latent_search import search_latents
+
+    model = contender.engine.translator.models[0]
+    lengths = batch["net_input"]["src_lengths"]
+    encoded = model.encoder(batch["net_input"]["src_tokens"], src_lengths=lengths)
+    found = search_latents([model], [encoded], lengths, generator.search)
+    return int((found.codes[0, 0] >= 0).sum())
+
+
+def test_command_line(data: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.json"
+    words = ["bench", "decoding", "--data", str(data), "--vocabulary", "64", "--layers", "1"]
+    words += ["--latent-layers", "1", "--dimension", "64", "--ffn-dimension", "64"]
+    words += ["--codebook-size", "16", "--compress-steps", "2", "--sentences", "2"]
+    words += ["--repeats", "1", "--burn-in", "1", "--batch-sizes", "2", "--lengths", "4", "8"]
+    assert main([*words, "--threads", "1", "--output", str(output)]) == 0
+    table, _ = read_table(output)
+    rows = {row.system: row for row in table.rows}
+    assert AR_BEAM in rows and "VQ-EM, 1-layer predictor, PyTorch" in rows
+    extra = rows[AR_BEAM].extra or {}
+    assert str(extra[f"Speed-up over {AR_BEAM}"]).startswith("1.00×")
+    assert float(extra["Ratio"]) > 0 and "8 subwords (ms)" in table.columns
+    assert (CT2_BEAM in rows) == (f"Speed-up over {CT2_BEAM}" in extra)

@@ -1,0 +1,93 @@
+"""The comparison's settings, its fairness checks, and its page."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fairseq_vqem.benchmark.tables import ResultRow, ResultTable
+from fairseq_vqem.compare.fairness import check_complete, check_no_leak, check_same_outputs
+from fairseq_vqem.compare.measurements import file_name
+from fairseq_vqem.compare.page import write_page
+from fairseq_vqem.compare.settings import read_settings
+from fairseq_vqem.corpora.files import write_lines
+from fairseq_vqem.errors import UserError
+from fairseq_vqem.pipeline.recipe import Recipe
+from fairseq_vqem.pipeline.stages import TEACHER_BEAM, TEACHER_GREEDY
+
+NAMES = (TEACHER_BEAM, TEACHER_GREEDY, "student")
+
+
+def recipe(**compare: Any) -> Recipe:
+    return Recipe("x", {}, {}, {}, {"student": {}}, compare=compare)
+
+
+def test_settings_have_defaults_and_name_their_systems() -> None:
+    settings = read_settings(recipe(), NAMES)
+    assert (settings.baselines, settings.reference) == ((TEACHER_BEAM,), TEACHER_GREEDY)
+    assert read_settings(recipe(baselines=["student"]), NAMES).baselines == ["student"]
+    for compare, message in (
+        ({"baseline": "student"}, "unknown compare options: baseline"),
+        ({"baselines": ["nat"]}, "name 'nat', but the recipe has only teacher"),
+        ({"sampled": ["nat"]}, "name 'nat'"),
+        ({"baselines": []}, "at least one baseline"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read_settings(recipe(**compare), NAMES)
+
+
+def test_a_test_sentence_in_the_training_data_is_found(tmp_path: Path) -> None:
+    write_lines(tmp_path / "train.en", ["one", "two", "three"])
+    write_lines(tmp_path / "test.en", ["four", "five"])
+    check_no_leak(tmp_path, "en", "de")
+    write_lines(tmp_path / "test.en", ["four", "two"])
+    with pytest.raises(UserError, match=r"1 of 2 test sentences .* line 2 of test\.en, 'two'"):
+        check_no_leak(tmp_path, "en", "de")
+
+
+def test_a_lost_sentence_is_found() -> None:
+    check_complete("nat", ["a", ""], ["x", "y"])
+    with pytest.raises(UserError, match="'nat' has 1 translations of 2"):
+        check_complete("nat", ["a"], ["x", "y"])
+
+
+def test_outputs_in_another_order_are_found() -> None:
+    scored = {"ar": [str(n) for n in range(40)], "nat": [str(n) for n in range(40)]}
+    places = list(range(0, 40, 2))
+    timed = {name: [str(n) for n in places] for name in scored}
+    assert check_same_outputs(scored, timed, places) == {"ar": 1.0, "nat": 1.0}
+    timed["nat"][0] = "a near-tie"
+    assert check_same_outputs(scored, timed, places)["nat"] == 0.95
+    timed["nat"] = timed["nat"][::-1]
+    with pytest.raises(UserError, match="'nat' translates 100% of the sentences differently"):
+        check_same_outputs(scored, timed, places)
+    assert check_same_outputs(scored, timed, places, sampled=["nat"])["nat"] == 0.0
+
+
+def test_file_names_are_plain() -> None:
+    assert file_name("teacher, beam 4 (int8)") == "teacher-beam-4-int8"
+
+
+def test_page_needs_nothing_else(tmp_path: Path) -> None:
+    rows = [
+        ResultRow("a <b>", bleu=20.0, bleu_ci=1.0, latency_median_ms=40.0, extra={"p": "0.5"}),
+        ResultRow("nat", bleu=18.0, bleu_ci=1.0, latency_median_ms=5.0, extra={"p": "0.1"}),
+    ]
+    table = ResultTable("test", rows, ["system", "bleu", "latency_median_ms", "p"])
+    result = {
+        "code_counts": {"nat": [5, 3, 1]},
+        "paired_bootstrap": {"against": "a <b>"},
+        "signature": {"commit": "abc"},
+        "timings_signature": {"commit": "def"},
+    }
+    seconds = {row.system: np.full((2, 3), 0.01) for row in rows}
+    texts = {name: ["one", "two & three", "four"] for name in ("source", "reference", "nat")}
+    write_page(tmp_path / "page.html", table, result, seconds, [3, 3, 9], texts)
+    page = (tmp_path / "page.html").read_text("utf-8")
+    assert page.count("<svg") == 3 and "a &lt;b&gt;" in page and "two &amp; three" in page
+    assert not re.search(r"(src|href)=\"http|<script|@import|url\(http", page)
+    assert list(tmp_path.iterdir()) == [tmp_path / "page.html"]

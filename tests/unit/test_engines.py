@@ -1,0 +1,156 @@
+"""Engines translate N sentences into N, in order, and cannot see a reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_api import PAIRS, make_data, make_teacher
+
+from fairseq_vqem.benchmark.engines import (
+    CTranslate2Engine,
+    FairseqEngine,
+    length_batches,
+    load_engine,
+    translate_all,
+)
+from fairseq_vqem.benchmark.latency import time_engines
+from fairseq_vqem.benchmark.throughput import summarise_throughput, time_throughput
+from fairseq_vqem.errors import UserError
+
+SOURCES = [source for source, _ in PAIRS]
+TARGETS = [target for _, target in PAIRS]
+BEAM = {"beam": 4, "max_len_a": 2, "max_len_b": 10}
+
+
+class Reverser:
+    """Writes every sentence backwards, and down which batches it saw."""
+
+    parameters = 0
+
+    def __init__(self, dropped: int = 0) -> None:
+        self.dropped = dropped
+        self.batches: list[list[str]] = []
+
+    def encode(self, sentences: Sequence[str]) -> list[str]:
+        return list(sentences)
+
+    def translate(self, batch: Any) -> list[Any]:
+        self.batches.append(batch)
+        return [sentence[::-1] for sentence in batch][self.dropped :]
+
+    def text(self, output: Any) -> str:
+        return str(output)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    data = make_data(tmp_path_factory.mktemp("engines"))
+    return data, make_teacher(data)
+
+
+def test_batches_are_sorted_by_length_and_lose_nothing() -> None:
+    sentences = ["a b", "", "a b c", "a", " ", "x y"]
+    assert length_batches(sentences, 2) == [[2, 0], [5, 3]]
+    engine = Reverser()
+    assert translate_all(engine, sentences, 2) == ["b a", "", "c b a", "a", "", "y x"]
+    assert [len(batch) for batch in engine.batches] == [2, 2]
+
+
+def test_a_dropped_sentence_fails_loudly() -> None:
+    with pytest.raises(UserError, match="2 sentences went in and 1 came out"):
+        translate_all(Reverser(dropped=1), ["a", "b"], 2)
+
+
+def test_what_is_timed_can_be_compared_with_what_is_scored() -> None:
+    engines = {"one": Reverser(), "two": Reverser()}
+    seconds, texts = time_engines(engines, ["ab", "cd", "ef"], repeats=2, burn_in=1)
+    assert texts == {name: ["ba", "dc", "fe"] for name in engines}
+    assert all(timing.shape == (2, 3) and (timing > 0).all() for timing in seconds.values())
+
+
+def test_throughput_counts_sentences_per_second_at_the_best_batch_size() -> None:
+    seconds = {1: np.array([4.0, 5.0, 6.0]), 8: np.array([1.0, 2.0, 4.0])}
+    found = summarise_throughput(seconds, 10)
+    assert found.by_batch_size == {1: 2.0, 8: 5.0}
+    assert (found.best_batch_size, found.best, found.best_range) == (8, 5.0, (2.5, 10.0))
+
+
+def test_throughput_translates_the_whole_set_at_every_size() -> None:
+    engine = Reverser()
+    found = time_throughput({"x": engine}, ["a", "b b", "", "c"], [1, 4], repeats=2)
+    assert set(found["x"].by_batch_size) == {1, 4}
+    # once before the clock, then twice: three batches of one, then one of three
+    assert [len(batch) for batch in engine.batches] == [1] * 9 + [3] * 3
+
+
+def test_fairseq_engine_equals_the_translator(trained: tuple[Path, Path]) -> None:
+    data, teacher = trained
+    engine = load_engine(str(teacher), data, BEAM)
+    assert isinstance(engine, FairseqEngine)
+    assert translate_all(engine, SOURCES, 7) == engine.translator.translate(SOURCES)
+
+
+def test_a_system_that_reads_the_reference_is_found_out(
+    trained: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, teacher = trained
+    engine = FairseqEngine(str(teacher), data, BEAM)
+    task = engine.translator.task
+
+    def cheat(generator: Any, models: Any, sample: dict[str, Any]) -> list[Any]:
+        return [[{"tokens": row}] for row in sample["target"]]
+
+    monkeypatch.setattr(task, "inference_step", cheat)
+    with pytest.raises(UserError, match="reads the reference"):
+        translate_all(engine, SOURCES, 4)
+
+
+def test_ctranslate2_translates_as_fairseq_does(trained: tuple[Path, Path]) -> None:
+    pytest.importorskip("ctranslate2")
+    data, teacher = trained
+    engine = load_engine(str(teacher), data, {"engine": "ctranslate2", **BEAM})
+    assert isinstance(engine, CTranslate2Engine)
+    reference = load_engine(str(teacher), data, BEAM)
+    expected = translate_all(reference, SOURCES, 8)
+    assert translate_all(engine, SOURCES, 8) == expected
+    assert sum(a == b for a, b in zip(expected, TARGETS, strict=True)) > len(TARGETS) // 2
+    assert engine.parameters == pytest.approx(reference.parameters, abs=4)
+    outputs = engine.translate(engine.encode(SOURCES[:2]), min_length=7, max_length=7)
+    assert [len(output) for output in outputs] == [7, 7]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"engine": "marian"}, "no engine 'marian'"),
+        ({"engine": "ctranslate2", "latent_beam": 2}, "no option latent_beam"),
+        ({"engine": "ctranslate2", "compute_type": "int2"}, "compute_type is 'int2'"),
+    ],
+)
+def test_bad_options(trained: tuple[Path, Path], options: dict[str, Any], message: str) -> None:
+    if options["engine"] == "ctranslate2":
+        pytest.importorskip("ctranslate2")
+    data, teacher = trained
+    with pytest.raises(UserError, match=message):
+        load_engine(str(teacher), data, options)
+
+
+def test_other_engines_choose_their_own_weights(trained: tuple[Path, Path]) -> None:
+    data, teacher = trained
+    with pytest.raises(UserError, match="set the weights of ctranslate2 itself"):
+        load_engine(str(teacher), data, {"engine": "ctranslate2"}, dtype="bfloat16")
+
+
+def test_a_damaged_checkpoint_cannot_be_converted(
+    trained: tuple[Path, Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("ctranslate2")
+    data, _ = trained
+    broken = tmp_path / "broken.pt"
+    broken.write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"broken\.pt"):
+        load_engine(str(broken), data, {"engine": "ctranslate2"})
