@@ -27,13 +27,16 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("recipe", type=Path, help="a recipe.yaml")
     parser.add_argument("--out", type=Path, required=True, help="folder for everything it makes")
+    parser.add_argument("--scale", default="cpu", help="of a recipe with {scale} in its extends")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:
     started = time.monotonic()
-    run = stages.Run(read_recipe(arguments.recipe), arguments.out.resolve(), arguments.device)
+    run = stages.Run(
+        read_recipe(arguments.recipe, arguments.scale), arguments.out.resolve(), arguments.device
+    )
     settings = read_settings(run.recipe, stages.systems(run))
     stages.prepare(run)
     check_no_leak(run.out / "corpus" / "raw", *languages(run.data))

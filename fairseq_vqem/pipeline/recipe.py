@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,24 @@ import yaml
 from fairseq_vqem.errors import UserError
 
 Options = dict[str, Any]
+EXTENDS, SCALE = "extends", "{scale}"
+REQUIRED = ("name", "prepare", "common", "teacher", "students")
 
 
 @dataclass(frozen=True)
 class Recipe:
     """One experiment. Every option is that of the command named beside it.
 
+    A file may say ``extends: other.yaml``: it is laid over that one, key by key, and ``null``
+    removes a key. ``{scale}`` in that name stands for the size chosen on the command line.
+
     Attributes:
         name: name of the experiment and of its result file.
         prepare: arguments of ``fairseq-vqem prepare``, the corpus under ``corpus``.
-        common: fairseq-train options of teacher and student alike.
+        common: fairseq-train options of teacher and students alike.
         teacher: fairseq-train options of the AR teacher.
         distill: options of ``fairseq-vqem distill``.
+        latent_student: fairseq-train options of every student with latents.
         students: for each student by name, its fairseq-train options, and among them
             ``distilled`` (true: distilled targets), ``from_teacher`` (true: ``--init-from``) and
             ``generate`` (options of decoding).
@@ -31,7 +38,7 @@ class Recipe:
             options; ``engine`` among them chooses another engine (``fairseq-vqem compare`` only).
         latency: options of ``fairseq-vqem latency``.
         compare: options of ``fairseq-vqem compare``, see `fairseq_vqem.compare.settings`.
-        seed: of everything.
+        seed: of everything; a student's option ``seed`` overrules it.
     """
 
     name: str
@@ -40,6 +47,7 @@ class Recipe:
     teacher: Options
     students: dict[str, Options]
     distill: Options = field(default_factory=dict)
+    latent_student: Options = field(default_factory=dict)
     decode: Options = field(default_factory=dict)
     variants: dict[str, Options] = field(default_factory=dict)
     latency: Options = field(default_factory=dict)
@@ -47,22 +55,56 @@ class Recipe:
     seed: int = 1
 
 
-def read_recipe(path: Path) -> Recipe:
-    """Read a recipe; ``UserError`` says which key is missing or unknown."""
+def read_recipe(path: Path, scale: str = "cpu") -> Recipe:
+    """Read a recipe; ``UserError`` says which key is missing or unknown.
+
+    Args:
+        scale: what ``{scale}`` in ``extends`` stands for.
+    """
+    content = _read_layers(path, scale, ())
+    known = {each.name for each in fields(Recipe)}
+    unknown = sorted(set(content) - known)
+    if unknown:
+        raise UserError(
+            f"{path} has unknown keys ({', '.join(unknown)}): a recipe has {sorted(known)}"
+        )
+    missing = [key for key in REQUIRED if key not in content]
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}")
+    return Recipe(**content)
+
+
+def _read_layers(path: Path, scale: str, above: tuple[Path, ...]) -> Options:
+    """The file's content, laid over that of the file that it extends."""
     if not path.is_file():
-        raise UserError(f"there is no recipe {path}: give the path of a recipe.yaml")
+        reason = f" ({above[-1]} extends it)" if above else ""
+        raise UserError(f"there is no recipe {path}{reason}: give the path of a recipe.yaml")
+    if path.resolve() in above:
+        raise UserError(f"{path} extends itself")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {error}") from error
-    known = {each.name for each in fields(Recipe)}
-    if not isinstance(content, dict) or set(content) - known:
-        unknown = ", ".join(sorted(set(content) - known)) if isinstance(content, dict) else "no"
-        raise UserError(f"{path} has unknown keys ({unknown}): a recipe has {sorted(known)}")
-    missing = {"name", "prepare", "common", "teacher", "students"} - set(content)
-    if missing:
-        raise UserError(f"{path} lacks {', '.join(sorted(missing))}")
-    return Recipe(**content)
+    if not isinstance(content, dict):
+        raise UserError(f"{path} has no keys: a recipe has {', '.join(REQUIRED)}")
+    base = content.pop(EXTENDS, None)
+    if base is None:
+        return content
+    lower = path.parent / str(base).replace(SCALE, scale)
+    return laid_over(_read_layers(lower, scale, (*above, path.resolve())), content)
+
+
+def laid_over(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> Options:
+    """``upper`` over ``lower``, recursively; a value of None removes the key."""
+    merged = dict(lower)
+    for key, value in upper.items():
+        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
+            merged[key] = laid_over(merged[key], value)
+        elif value is None:
+            merged.pop(key, None)
+        else:
+            merged[key] = value
+    return merged
 
 
 def flags(options: Options) -> list[str]:

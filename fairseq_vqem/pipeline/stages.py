@@ -125,12 +125,23 @@ def train_student(run: Run, name: str) -> None:
     options = {"task": VQEM_TASK, **options}
     if options["task"] == VQEM_TASK:
         # Validation decodes as the test does.
-        options = {"criterion": "vqem_loss", **options, **decoding}
+        options = {"criterion": "vqem_loss", **run.recipe.latent_student, **options, **decoding}
     data = run.distilled if options.pop("distilled", True) else run.data
     if options.pop("from_teacher", False):
         options["init_from"] = str(run.teacher)
+    if options.get("load_alignments"):
+        align(run, data)
     words, updates = train_words(run, data, options)
     train(run.out / name, words, name, updates)
+
+
+def align(run: Run, data: Path) -> None:
+    """Word alignments from the teacher's attention, beside the data that asks for them."""
+    pair = "-".join(languages(run.data))
+    if (data / f"valid.{pair}.align.{pair}.idx").is_file():  # valid is the last split
+        return
+    words = ["fairseq_vqem.cli", "align", "--teacher", str(run.teacher), "--data", str(data)]
+    run_command([*words, "--device", run.device])
 
 
 def systems(run: Run) -> dict[str, System]:

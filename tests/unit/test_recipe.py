@@ -1,0 +1,69 @@
+"""Recipes are read, laid over each other and checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fairseq_vqem.errors import UserError
+from fairseq_vqem.pipeline.recipe import flags, laid_over, read_recipe
+from fairseq_vqem.pipeline.stages import TEACHER_BEAM, TEACHER_GREEDY, Run, systems
+
+BASE = "name: base\nprepare: {corpus: sample}\ncommon: {lr: 1, max_tokens: 5}\nteacher: {arch: a}\n"
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*/*.yaml"))
+
+
+def test_a_recipe_lies_over_the_one_it_extends(tmp_path: Path) -> None:
+    (tmp_path / "cpu.yaml").write_text(BASE + "students: {}\n")
+    (tmp_path / "gpu.yaml").write_text("extends: cpu.yaml\ncommon: {max_tokens: 9}\n")
+    top = tmp_path / "top.yaml"
+    top.write_text('extends: "{scale}.yaml"\nname: top\ncommon: {lr: null, seed: 2}\n')
+    assert read_recipe(top).common == {"max_tokens": 5, "seed": 2}
+    recipe = read_recipe(top, "gpu")
+    assert (recipe.name, recipe.common) == ("top", {"max_tokens": 9, "seed": 2})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (BASE, "lacks students"),
+        (BASE + "students: {}\nsudents: {}\n", "unknown keys .sudents"),
+        ("extends: recipe.yaml\n", "extends itself"),
+        ("extends: missing.yaml\n", r"no recipe .*missing\.yaml .*recipe\.yaml extends it"),
+        ("- a list\n", "has no keys"),
+        ("name: [\n", "not valid YAML"),
+    ],
+)
+def test_a_bad_recipe_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_recipe(tmp_path / "recipe.yaml")
+    with pytest.raises(UserError, match="no recipe"):
+        read_recipe(tmp_path / "other.yaml")
+
+
+def test_null_removes_and_mappings_merge() -> None:
+    lower = {"a": {"b": 1, "c": 2}, "d": 3}
+    assert laid_over(lower, {"a": {"b": None, "e": 4}, "d": 5}) == {"a": {"c": 2, "e": 4}, "d": 5}
+    assert lower == {"a": {"b": 1, "c": 2}, "d": 3}
+
+
+def test_flags() -> None:
+    options = {
+        "max_tokens": 5,
+        "cpu": True,
+        "fp16": False,
+        "seed": None,
+        "adam_betas": "(0.9,0.98)",
+    }
+    assert flags(options) == ["--max-tokens", "5", "--cpu", "--adam-betas", "(0.9,0.98)"]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_recipe_of_the_project_names_its_systems(path: Path, tmp_path: Path) -> None:
+    if path.stem in ("cpu", "gpu") or path.parent.name == "fashion-mnist":
+        pytest.skip("a layer for other recipes, or one of images")
+    for scale in ("cpu", "gpu"):
+        found = systems(Run(read_recipe(path, scale), tmp_path, "cpu"))
+        assert {TEACHER_BEAM, TEACHER_GREEDY} < set(found)
