@@ -61,7 +61,7 @@ def test_flags() -> None:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_every_recipe_of_the_project_names_its_systems(path: Path, tmp_path: Path) -> None:
+def test_every_recipe_of_the_project_can_be_read(path: Path, tmp_path: Path) -> None:
     if path.stem in ("cpu", "gpu") or path.parent.name == "fashion-mnist":
         pytest.skip("a layer for other recipes, or one of images")
     for scale in ("cpu", "gpu"):
