@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import fairseq_vqem
-from fairseq_vqem.analysis import planted, posterior
+from fairseq_vqem.analysis import codes, diagnosis, planted, posterior
 from fairseq_vqem.benchmark import command as bench
 from fairseq_vqem.benchmark import latency, scoring, tables
 from fairseq_vqem.compare import command as compare
@@ -18,7 +18,7 @@ from fairseq_vqem.pipeline import command as pipeline
 
 COMMANDS = (
     *(prepare, distill, pipeline, compare, posterior, scoring, latency),
-    *(bench, tables, planted),
+    *(codes, diagnosis, bench, tables, planted),
 )
 
 

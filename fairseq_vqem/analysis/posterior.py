@@ -14,6 +14,7 @@ from fairseq_vqem.benchmark.scoring import score
 from fairseq_vqem.corpora.files import write_lines
 from fairseq_vqem.corpora.subwords import load_subwords
 from fairseq_vqem.errors import UserError
+from fairseq_vqem.generation.api import checked_device
 from fairseq_vqem.tasks.translation_vqem import TranslationVQEMTask
 
 
@@ -23,8 +24,9 @@ def posterior_batches(
     """Task, model in evaluation mode and each batch of ``split``, sources and targets.
 
     Raises:
-        UserError: the checkpoint is not a ``vqem_transformer``.
+        UserError: the checkpoint is not a ``vqem_transformer``, or the device is not there.
     """
+    checked_device(device)
     models, _, task = checkpoint_utils.load_model_ensemble_and_task(
         [checkpoint], arg_overrides={"data": str(data)}
     )

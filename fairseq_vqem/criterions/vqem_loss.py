@@ -86,13 +86,13 @@ class VQEMLoss(FairseqCriterion):
         assert output.latent_logits is not None and output.latent_tokens is not None
         result = output.bottleneck
         commitment = result.commitment.sum()
-        cross_entropy, correct, symbols = latent_cross_entropy(
+        cross_entropy, correct, symbols, ends = latent_cross_entropy(
             output.latent_logits, output.latent_tokens, result.samples, output.latent_mask, model
         )
         update = model.num_updates
         log["commitment"], log["latent"] = commitment.detach(), cross_entropy.detach()
         log["latents"], log["latent_symbols"] = result.codes.numel(), symbols
-        log["latent_correct"] = correct
+        log["latent_correct"], log["code_symbols"] = correct, symbols - ends
         log["code_counts"] = code_histogram(result.codes, model.latent_dictionary)
         weighted = self.commitment_weight(update) * commitment.to(cross_entropy.dtype)
         weighted = weighted + self.latent_weight(update) * cross_entropy
@@ -125,7 +125,7 @@ class VQEMLoss(FairseqCriterion):
         average("nll_loss", "nll", "labels", bits)
         average("commitment_loss", "commitment", "latents")
         average("latent_loss", "latent", "latent_symbols", bits)
-        average("latent_accuracy", "latent_correct", "latent_symbols")
+        average("latent_accuracy", "latent_correct", "code_symbols")
         names = {key for log in logging_outputs for key in log if key.startswith(PER_LATENT)}
         for key in sorted(names):
             average(key.removeprefix(PER_LATENT), key, "latents")
@@ -165,7 +165,7 @@ def code_histogram(codes: Tensor, dictionary: LatentDictionary) -> Tensor:
 
 def latent_cross_entropy(
     logits: Tensor, tokens: Tensor, samples: Tensor, mask: Tensor, model: VQEMTransformer
-) -> tuple[Tensor, Tensor, int]:
+) -> tuple[Tensor, Tensor, int, int]:
     """Cross-entropy against the averaged one-hots of the m samples (section 3.2), summed.
 
     Args:
@@ -175,7 +175,8 @@ def latent_cross_entropy(
         mask: ``[B, L]``.
 
     Returns:
-        The sum over symbols and ends, how many modes were predicted, how many symbols.
+        The sum over symbols and ends, how many modes were predicted (ends do not count: they are
+        nearly always right), how many symbols there are, and how many of them are ends.
     """
     dictionary, stream = model.latent_dictionary, model.stream_mask(mask)
     at_codes = logits[:, :-1][stream].float()
@@ -187,5 +188,4 @@ def latent_cross_entropy(
     ends = tokens.eq(dictionary.eos())
     at_ends = logits[ends].float()
     loss = loss - torch.log_softmax(at_ends, -1)[:, dictionary.eos()].sum()
-    correct = correct + at_ends.argmax(-1).eq(dictionary.eos()).sum()
-    return loss, correct, symbols + at_ends.size(0)
+    return loss, correct, symbols + at_ends.size(0), at_ends.size(0)

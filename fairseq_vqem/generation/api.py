@@ -49,7 +49,7 @@ class Translator:
         self.models = list(models)
         self.task = task
         self.subwords = subwords
-        self.device = _checked_device(device)
+        self.device = checked_device(device)
         self.dtype = dtype
         self.max_tokens = max_tokens
         for model in self.models:
@@ -300,7 +300,7 @@ def _max_source_tokens(task: FairseqTask, models: Sequence[Any]) -> int:
     return int(limits[0] if isinstance(limits, tuple) else limits)
 
 
-def _checked_device(name: str) -> torch.device:
+def checked_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:

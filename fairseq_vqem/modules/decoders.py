@@ -73,6 +73,19 @@ class LatentPredictor(TransformerDecoderBase):
         nn.init.zeros_(embeddings.weight[dictionary.pad()])
         super().__init__(cfg, dictionary, embeddings)
 
+    def train(self, mode: bool = True) -> LatentPredictor:
+        """As torch; training drops the fused projections of `CachedPredictor`.
+
+        fairseq's optimisers write through ``.data``, which leaves no trace by which
+        ``fused_projection`` could notice that the parameters have changed.
+        """
+        if mode:
+            for layer in self.layers:
+                for attention in (layer.self_attn, layer.encoder_attn):
+                    attention.__dict__.pop("_fused", None)
+        super().train(mode)
+        return self
+
     def output_layer(self, features: Tensor) -> Tensor:
         """Logits over codes and the end symbol; the other special symbols are impossible."""
         logits = super().output_layer(features)

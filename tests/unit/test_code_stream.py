@@ -64,7 +64,7 @@ def test_the_loss_is_the_chain_rule(tiny: Any) -> None:
     with torch.no_grad():
         out = model(**batch["net_input"], target=batch["target"])
     d, lengths = model.latent_dictionary, out.latent_mask.sum(1)
-    loss, _, symbols = latent_cross_entropy(
+    loss, _, symbols, _ = latent_cross_entropy(
         out.latent_logits, out.latent_tokens, out.bottleneck.samples, out.latent_mask, model
     )
     expected, queue = 0.0, iter(out.bottleneck.codes.tolist())

@@ -77,8 +77,10 @@ def test_changed_parameters_are_noticed(tiny: Any) -> None:
         return whole[:, 0, offset:], stepwise[:, offset:]
 
     before, _ = both()
+    model.train()
     for parameter in model.latent_predictor.parameters():
-        parameter.add_(0.1 * torch.randn_like(parameter))
+        parameter.data.add_(0.1 * torch.randn_like(parameter))  # as fairseq's optimisers do
+    model.eval()
     whole, stepwise = both()
     torch.testing.assert_close(stepwise, whole, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(whole, before, atol=1e-2)

@@ -1,0 +1,162 @@
+"""``fairseq-vqem diagnose``: which part of a student costs how much, and what its errors are.
+
+The gap between teacher and student is split between systems that differ in one thing each:
+
+    teacher, greedy
+    posterior codes       autoencoder: the target's own codes through the decoder
+    each code predicted   predictor: likeliest code after the posterior's codes before it
+    as many codes         propagation: likeliest code after its own predictions
+    predicted codes       length: it also decides where to end; what a user gets
+
+Propagation may be negative: codes that were each predicted after the posterior's prefix need not
+fit each other, codes that were predicted one after the other do.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+
+from fairseq_vqem.analysis.decoding_variants import PREDICTED, REFERENCE, decode_variants
+from fairseq_vqem.analysis.diagnosis_records import (
+    TEACHER,
+    Diagnosis,
+    brevity,
+    by_label,
+    groups,
+    length_quartiles,
+    steps,
+)
+from fairseq_vqem.analysis.diagnosis_report import main_table, render
+from fairseq_vqem.analysis.translation_errors import find_errors
+from fairseq_vqem.benchmark.scoring import SEED, score
+from fairseq_vqem.benchmark.signature import make_signature
+from fairseq_vqem.benchmark.splits import languages, read_split, read_tokens
+from fairseq_vqem.benchmark.tables import write_table
+from fairseq_vqem.corpora.files import read_lines
+from fairseq_vqem.corpora.prepare import RAW
+from fairseq_vqem.errors import UserError
+from fairseq_vqem.models.vqem_transformer import VQEMTransformer
+
+
+def diagnose(
+    checkpoint: str,
+    data: Path,
+    split: str,
+    teacher: str | None = None,
+    labels: Path | None = None,
+    device: str = "cpu",
+) -> Diagnosis:
+    """Decode, score and compare everything.
+
+    Args:
+        teacher: an autoregressive checkpoint with the same dictionaries.
+        labels: one source label per line of the split.
+
+    Raises:
+        UserError: the checkpoint is not a ``vqem_transformer``, the teacher is one, the split is
+            not there or empty, or the labels do not fit it.
+    """
+    sources, references = read_split(data, split)
+    if not sources:
+        raise UserError(f"the {split} split of {data} is empty: choose another one with --split")
+    parts = by_label([] if labels is None else read_labels(labels, len(sources)))
+    decoded = decode_variants(checkpoint, data, split, device)
+    texts = dict(decoded.texts)
+    if teacher is not None:
+        texts = {TEACHER: translate(teacher, data, split, device), **texts}
+    judged = {**texts, REFERENCE: references}
+    return Diagnosis(
+        split,
+        decoded.removes_repeats,
+        {name: score(each, references) for name, each in texts.items()},
+        {name: brevity(each, references) for name, each in texts.items()},
+        steps(texts, references),
+        decoded.latents,
+        decoded.doubled_pieces,
+        {name: find_errors(each, references, sources) for name, each in judged.items()},
+        groups(texts, references, length_quartiles(sources)),
+        groups(texts, references, parts),
+    )
+
+
+def translate(teacher: str, data: Path, split: str, device: str = "cpu") -> list[str]:
+    """Greedy translations by an autoregressive checkpoint; nothing to read gives ``""``.
+
+    Raises:
+        UserError: the checkpoint is not autoregressive, or does not fit the data.
+    """
+    from fairseq_vqem.generation.api import Translator
+
+    translator = Translator.from_checkpoint(teacher, data, device=device, beam=1)
+    if any(isinstance(model, VQEMTransformer) for model in translator.models):
+        raise UserError(f"--teacher {teacher} is a student: give the autoregressive checkpoint")
+    tokens = read_tokens(data, split, languages(data)[0])
+    rows = [tokens[number].long() for number in range(len(tokens))]
+    occupied = [number for number, row in enumerate(rows) if len(row) > 1]
+    found = [""] * len(rows)
+    outputs = translator.translate_tokens([rows[number] for number in occupied])
+    for number, output in zip(occupied, outputs, strict=True):
+        found[number] = translator.decode(output)
+    return found
+
+
+def read_labels(path: Path, sentences: int) -> list[str]:
+    """One label per sentence.
+
+    Raises:
+        UserError: the file is missing or has another number of lines.
+    """
+    labels = list(read_lines(path))
+    if len(labels) != sentences:
+        raise UserError(
+            f"{path} has {len(labels)} labels but the split has {sentences} sentences:"
+            " give the label file of this split with --labels"
+        )
+    return labels
+
+
+def find_labels(data: Path, split: str) -> Path | None:
+    """Where ``fairseq-vqem prepare`` leaves the labels of a split, if the corpus has any."""
+    path = data.resolve().parent / RAW / f"{split}.label"
+    return path if path.is_file() else None
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add ``fairseq-vqem diagnose``."""
+    parser = subparsers.add_parser(
+        "diagnose", help="split a student's gap into autoencoder, predictor and length"
+    )
+    parser.add_argument("--checkpoint", required=True, help="a vqem_transformer")
+    parser.add_argument("--data", type=Path, required=True, help="binarised data with references")
+    parser.add_argument("--split", default="valid")
+    parser.add_argument("--teacher", help="its autoregressive teacher, decoded greedily")
+    parser.add_argument(
+        "--labels", type=Path, help="a source label per line (default: DATA/../raw/SPLIT.label)"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--name", default="diagnosis", help="name of the table")
+    parser.add_argument("--output", type=Path, required=True, help="result file (JSON)")
+    parser.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    diagnosis = diagnose(
+        arguments.checkpoint,
+        arguments.data,
+        arguments.split,
+        arguments.teacher,
+        arguments.labels or find_labels(arguments.data, arguments.split),
+        arguments.device,
+    )
+    signature = make_signature(
+        data=arguments.data,
+        seed=SEED,
+        device=arguments.device,
+        sacrebleu=diagnosis.scores[PREDICTED].signatures,
+    )
+    table = main_table(arguments.name, diagnosis)
+    write_table(arguments.output, table, signature, diagnosis=asdict(diagnosis))
+    print(render(table, diagnosis, asdict(signature)))
+    return 0
