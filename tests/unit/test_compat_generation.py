@@ -1,0 +1,108 @@
+"""Work-arounds for generation: the defect without them, and its absence with them."""
+
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from fairseq import iterative_refinement_generator, scoring
+from fairseq.data import Dictionary
+from fairseq.logging import meters
+from fairseq.models.transformer import TransformerModelBase
+from fairseq_cli import generate as generate_cli
+from omegaconf import OmegaConf
+from teacher_helpers import tiny_teacher
+from torch import Tensor
+
+from fairseq_vqem import compat
+from fairseq_vqem.errors import UserError
+
+
+def rerank_problem() -> tuple[Any, TransformerModelBase, Any, list[Tensor], list[Tensor]]:
+    dictionary = Dictionary()
+    for symbol in "abcdef":
+        dictionary.add_symbol(symbol)
+    generator = iterative_refinement_generator.IterativeRefinementGenerator(dictionary)
+    task = SimpleNamespace(source_dictionary=dictionary, target_dictionary=dictionary)
+    teacher = tiny_teacher(task)
+    pad = dictionary.pad()
+    source = torch.tensor([[pad, 4, 5, 2], [6, 7, 8, 2]])
+    bodies = [[4], [5, 6, 7], [8, 9], [4, 4, 4, 4]]
+    hypotheses = [torch.tensor([0, *body, 2]) for body in bodies]
+    return generator, teacher, [source, torch.tensor([3, 4])], hypotheses, list(source)
+
+
+def expected_score(teacher: TransformerModelBase, source: Tensor, hypothesis: Tensor) -> float:
+    """The teacher's mean log-probability, one sentence and one token at a time."""
+    source = source[source != 1].unsqueeze(0)
+    encoded = teacher.encoder(source, torch.tensor([source.size(1)]))
+    prefix, total = [2], 0.0
+    for token in hypothesis[1:].tolist():
+        logits = teacher.decoder(torch.tensor([prefix]), encoder_out=encoded)[0][0, -1]
+        total += float(torch.log_softmax(logits.double(), 0)[token])
+        prefix.append(token)
+    return total / (len(prefix) - 1)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float", 1e-5), ("half", 5e-3)])
+def test_rerank_equals_an_independent_computation(dtype: str, tolerance: float) -> None:
+    generator, teacher, inputs, hypotheses, sources = rerank_problem()
+    with torch.no_grad():
+        expected = [
+            expected_score(teacher, sources[i // 2], hypothesis)
+            for i, hypothesis in enumerate(hypotheses)
+        ]
+    getattr(teacher, dtype)()
+    finalized = [[{"tokens": tokens.clone(), "score": None}] for tokens in hypotheses]
+    scores = [c[0]["score"] for c in generator.rerank(teacher, finalized, inputs, 2)]
+    assert [float(score) for score in scores] == pytest.approx(expected, abs=tolerance)
+    assert all(score.dtype == torch.float32 for score in scores)
+    kept = zip(finalized, hypotheses, strict=True)
+    assert all(torch.equal(c[0]["tokens"], tokens) for c, tokens in kept)
+
+
+def test_fairseq_rerank_fails() -> None:
+    generator, teacher, inputs, hypotheses, _ = rerank_problem()
+    finalized = [[{"tokens": tokens}] for tokens in hypotheses]
+    raw = compat.original(type(generator).rerank)
+    with pytest.raises(AttributeError, match="'dict' object has no attribute 'encoder_out'"):
+        raw(generator, teacher, finalized, inputs, 2)
+
+
+def test_the_generation_timer_waits_for_the_gpu() -> None:
+    assert generate_cli.StopwatchMeter is compat.SynchronisedStopwatch
+    ours, theirs = compat.SynchronisedStopwatch, meters.StopwatchMeter
+    for initialised, meter, expected in ((True, ours, 2), (False, ours, 0), (True, theirs, 0)):
+        timer = meter()
+        with mock.patch.multiple(
+            torch.cuda,
+            is_available=lambda: True,
+            is_initialized=mock.Mock(return_value=initialised),
+            synchronize=mock.DEFAULT,
+        ) as mocked:
+            timer.start()
+            timer.stop(5)
+        assert mocked["synchronize"].call_count == expected
+        assert timer.n == 5
+        assert timer.sum > 0
+
+
+def scoring_config(name: str) -> Any:
+    return OmegaConf.create({"generation": {"sacrebleu": True}, "scoring": {"_name": name}})
+
+
+def test_the_sacrebleu_flag_and_other_scorers() -> None:
+    dictionary = Dictionary()
+    assert not hasattr(scoring.build_scorer("bleu", dictionary), "add_string")
+    for name in ("bleu", "sacrebleu"):
+        cfg = scoring_config(name)
+        compat.generation._score_with_sacrebleu(cfg)
+        assert cfg.scoring._name == "sacrebleu"
+    cfg = scoring_config("bleu")
+    compat.generation._score_with_sacrebleu(cfg)
+    scorer = scoring.build_scorer(cfg.scoring, dictionary)
+    scorer.add_string("a b c d e", "a b c d e")
+    assert "BLEU = 100.00" in scorer.result_string()
+    with pytest.raises(UserError, match="--sacrebleu contradicts --scoring chrf"):
+        compat.generation._score_with_sacrebleu(scoring_config("chrf"))

@@ -1,0 +1,132 @@
+"""The model's options: each of them trains, those that do not fit are refused, old ones load."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from model_helpers import assert_user_error, codes, forward, loss_function
+from omegaconf import OmegaConf
+
+from fairseq_vqem.models import VQEMTransformer
+
+# --- every switch ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(bottleneck="hard-em"),
+        dict(codebook_update="literal"),
+        dict(em_samples=1),
+        dict(compress_steps=1),
+        dict(compress_steps=4),
+        dict(residual_blocks=0),
+        dict(residual_blocks=2, residual_placement="before"),
+        dict(expander="transposed-conv"),
+        dict(decoder_attend_source=False),
+        dict(target_encoder_attend_source=True),
+        dict(causal_decoder=True),
+        dict(latent_length="source"),
+        dict(share_all_embeddings=False),
+        dict(gold_schedule="0.5"),
+        dict(quantise_schedule="0.5"),
+        dict(predicted_schedule="0.3"),
+        dict(dropout=0.2, attention_dropout=0.1, activation_dropout=0.1),
+        dict(encoder_layers=2, latent_layers=3, decoder_layers=2),
+    ],
+    ids=lambda options: "-".join(f"{key}={value}" for key, value in options.items()) or "default",
+)
+def test_every_switch_trains(tiny: Any, options: dict[str, Any]) -> None:
+    model = tiny.model(**options).train()
+    loss, size, _ = loss_function(tiny)(model, tiny.batch(tiny.pairs(4)))
+    assert loss.isfinite() and size > 0
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all() and parameter.grad.abs().sum() > 0, name
+    before = model.bottleneck.codebook.embeddings.clone()
+    model.bottleneck.commit()
+    after = model.bottleneck.codebook.embeddings
+    assert after.isfinite().all() and not torch.equal(before, after)
+
+
+def test_layer_counts(tiny: Any) -> None:
+    model = tiny.model(encoder_layers=1, latent_layers=2, decoder_layers=3)
+    parts = (model.encoder, model.latent_predictor, model.decoder)
+    assert [len(part.layers) for part in parts] == [1, 2, 3]
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+
+def test_wrong_task(tiny: Any) -> None:
+    plain = SimpleNamespace(source_dictionary=tiny.dictionary(), target_dictionary=None)
+    assert_user_error("--task translation_vqem", lambda: tiny.model(plain))
+
+
+def test_differing_dictionaries(tiny: Any) -> None:
+    task = tiny.task(tiny.dictionary(20), tiny.dictionary(21))
+    assert_user_error("--no-share-all-embeddings", lambda: tiny.model(task))
+    model = tiny.model(task, share_all_embeddings=False)
+    assert len(model.encoder.embed_tokens.weight) + 1 == len(model.decoder.embed_tokens.weight)
+
+
+def test_too_long_target(tiny: Any) -> None:
+    model = tiny.model(max_target_positions=8)
+    forward(model, tiny.batch([([5], [6] * 7)], target_padding=20))
+    long = tiny.batch([([5], [6] * 8)])
+    assert_user_error("9 positions exceeds --max-target-positions 8", lambda: forward(model, long))
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (dict(compress_steps=0), "--compress-steps is 0"),
+        (dict(attention_heads=3), "not divisible"),
+        (dict(codebook_size=1), "--codebook-size is 1"),
+        (dict(bottleneck="vq"), "--bottleneck vq is not known"),
+        (dict(quantise_schedule="2"), "above its maximum"),
+        (dict(gold_schedule="soon"), "not a schedule"),
+    ],
+)
+def test_options_that_do_not_fit(tiny: Any, options: dict[str, Any], match: str) -> None:
+    assert_user_error(match, lambda: tiny.model(**options))
+
+
+def test_checkpoint_of_other_sizes(tiny: Any) -> None:
+    saved = tiny.model(codebook_size=13).state_dict()
+    assert_user_error("--codebook-size", lambda: tiny.model().load_state_dict(saved))
+    same = tiny.model(seed=1)
+    same.load_state_dict(tiny.model(seed=2).state_dict())
+    assert torch.equal(
+        same.decoder.embed_tokens.weight, tiny.model(seed=2).decoder.embed_tokens.weight
+    )
+
+
+def test_pad_code_needs_the_source_length_mode(tiny: Any) -> None:
+    assert_user_error("--latent-length source", lambda: tiny.model().pad_code())
+    for longest in (1024, 24):  # shorter than the usual probe of 16 latents
+        model = tiny.model(latent_length="source", max_target_positions=longest)
+        source = [5] * (min(longest // 2, 40) - 1)
+        found = codes(model, tiny.batch([(source, [])]))[0]
+        after_the_end = found[len(found) // 2 :]
+        assert 2 * after_the_end.count(model.pad_code()) > len(after_the_end)
+
+
+def test_options_of_later_versions_get_their_defaults(tiny: Any) -> None:
+    """A checkpoint's configuration holds only the options that existed when it was trained."""
+    task, config = tiny.task(), tiny.model(decoder_layers=2).cfg
+    saved = {name: value for name, value in vars(config).items() if name != "_name"}
+    for option in ("cluster_prior", "predicted_schedule"):
+        del saved[option]
+    stored = OmegaConf.create(saved)
+    OmegaConf.set_struct(stored, True)
+    for old in (stored, Namespace(**saved)):
+        model = VQEMTransformer.build_model(old, task)
+        assert model.cfg.cluster_prior == "uniform" and model.cfg.predicted_schedule == "0"
+        assert len(model.decoder.layers) == 2

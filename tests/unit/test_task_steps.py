@@ -1,0 +1,114 @@
+"""The task's training and validation steps: dummy batches, noise, BLEU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from model_helpers import assert_user_error
+from torch import Tensor
+
+from fairseq_vqem.criterions.vqem_loss import VQEMLoss
+from fairseq_vqem.models import VQEMTransformer
+
+
+class Optimiser:
+    """As much of fairseq's optimiser as a task's training step uses."""
+
+    def __init__(self, model: VQEMTransformer) -> None:
+        self.inner = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self) -> None:
+        self.inner.step()
+
+
+def train(model: VQEMTransformer, task: Any, batches: list[tuple[dict[str, Any], bool]]) -> None:
+    optimiser, criterion = Optimiser(model), VQEMLoss(task, 0.0, "0.25", "1")
+    for batch, dummy in batches:
+        task.train_step(batch, model, criterion, optimiser, 0, ignore_grad=dummy)
+    task.optimizer_step(optimiser, model, 0)
+
+
+@pytest.mark.parametrize("schedule", ["1", "0"])
+def test_a_dummy_batch_leaves_no_trace(tiny: Any, schedule: str) -> None:
+    """Not even if it is accumulated after a real one, as at the end of an epoch."""
+    task = tiny.task()
+    real, dummy = tiny.batch(tiny.pairs(4)), tiny.batch(tiny.pairs(2, seed=9))
+    results = []
+    for batches in (
+        [(real, False)],
+        [(real, False), (dummy, True)],
+        [(dummy, True), (real, False)],
+    ):
+        model = tiny.model(task, bottleneck="hard-em", quantise_schedule=schedule)
+        train(model, task, batches)
+        results.append(model.state_dict())
+    for other in results[1:]:
+        for name, value in results[0].items():
+            assert torch.equal(value, other[name]), name
+
+
+def test_noise_reaches_only_the_target_encoder(tiny: Any) -> None:
+    task = tiny.task(word_dropout=1.0, word_shuffle=1.0)
+    model, batch = tiny.model(task), tiny.batch(tiny.pairs(3))
+    seen: list[Tensor] = []
+    model.target_encoder.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    target = batch["target"].clone()
+    train(model, task, [(batch, False)])
+    words = target.ne(1) & target.ne(2)
+    assert seen[0][:, : target.size(1)][words].eq(3).all()
+    assert torch.equal(batch["target"], target)
+    for name in ("word_dropout", "word_shuffle"):
+        option = name.replace("_", "-")
+        assert_user_error(f"--{option} is 1.5", lambda name=name: tiny.task(**{name: 1.5}))
+
+
+class Wrapper(torch.nn.Module):
+    """As fairseq's wrapper for several workers, which passes attributes on."""
+
+    def __init__(self, model: VQEMTransformer) -> None:
+        super().__init__()
+        self.module = model
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.module, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+
+def test_validation_bleu_with_one_and_several_workers(tiny: Any) -> None:
+    task = tiny.task(eval_latent_bleu=True, eval_bleu_args="{}")
+    model, batch = tiny.model(task), tiny.batch(tiny.pairs(3))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    logs = []
+    for each in (model, Wrapper(model)):
+        loss, _, log = task.valid_step(batch, each, VQEMLoss(task, 0.0, "0.25", "1"))
+        assert loss.isfinite()
+        logs.append({key: value for key, value in log.items() if key.startswith("_")})
+    assert logs[0] == logs[1]
+    references = batch["ntokens"] - 3  # without ends; a word is a token here
+    assert logs[0]["_bleu_ref_len"] == logs[0]["_posterior_bleu_ref_len"] == references
+    assert logs[0]["_posterior_bleu_totals_0"] == logs[0]["_posterior_bleu_sys_len"]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_subwords_are_joined_for_bleu(tiny: Any) -> None:
+    plain = tiny.task()
+    assert plain.detokenise(torch.tensor([5, 6, 2])) == "w1 w2"
+    pieces = tiny.dictionary(0)
+    for symbol in ("\u2581ge", "hen", "\u2581wir"):
+        pieces.add_symbol(symbol)
+    assert tiny.task(pieces).detokenise(torch.tensor([4, 5, 6, 2])) == "gehen wir"
+    halves = tiny.dictionary(0)
+    for symbol in ("ge@@", "hen", "wir"):
+        halves.add_symbol(symbol)
+    task = tiny.task(halves, eval_bleu_remove_bpe="@@ ")
+    assert task.detokenise(torch.tensor([4, 5, 6, 2])) == "gehen wir"
