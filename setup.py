@@ -35,6 +35,8 @@ setup(
             *("pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "scikit-learn>=1.4"),
             *("ruff", "mypy", "types-PyYAML"),
         ],
+        "export": ["onnx>=1.17", "onnxruntime>=1.20"],
+        "images": ["scikit-image>=0.22", "pillow>=10"],
         "bench": ["vector-quantize-pytorch>=1.20", "ctranslate2>=4"],
     },
     entry_points={"console_scripts": ["fairseq-vqem = fairseq_vqem.cli:main"]},

@@ -16,7 +16,7 @@ from fairseq_vqem import compat  # noqa: E402
 
 compat.apply()
 
-from fairseq_vqem import criterions, models, schedulers, tasks  # noqa: E402
+from fairseq_vqem import criterions, images, models, peers, schedulers, tasks  # noqa: E402
 from fairseq_vqem.errors import UserError  # noqa: E402
 from fairseq_vqem.generation.api import Translator  # noqa: E402
 
@@ -25,4 +25,13 @@ _root.handlers[:] = _handlers
 
 __version__ = "0.1.0"
 
-__all__ = ["Translator", "UserError", "criterions", "models", "schedulers", "tasks"]
+__all__ = [
+    "Translator",
+    "UserError",
+    "criterions",
+    "images",
+    "models",
+    "peers",
+    "schedulers",
+    "tasks",
+]

@@ -14,11 +14,14 @@ from fairseq_vqem.benchmark import latency, scoring, tables
 from fairseq_vqem.compare import command as compare
 from fairseq_vqem.corpora import distill, prepare
 from fairseq_vqem.errors import UserError
+from fairseq_vqem.export import command as export
+from fairseq_vqem.images import command as images
+from fairseq_vqem.peers import alignments
 from fairseq_vqem.pipeline import command as pipeline
 
 COMMANDS = (
-    *(prepare, distill, pipeline, compare, posterior, scoring, latency),
-    *(codes, diagnosis, bench, tables, planted),
+    *(prepare, alignments, distill, pipeline, compare, export, images),
+    *(posterior, codes, diagnosis, scoring, latency, bench, tables, planted),
 )
 
 

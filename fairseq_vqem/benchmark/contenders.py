@@ -95,6 +95,24 @@ class ForcedStudent:
         return translate
 
 
+class ForcedExported:
+    """The exported student, told how many latents to write."""
+
+    def __init__(self, checkpoint: Path, data: Path, sizes: Sizes, weights: str) -> None:
+        import torch
+
+        from fairseq_vqem.benchmark.exported import ExportedEngine
+
+        threads = torch.get_num_threads()
+        options = {"weights": weights}
+        self.engine = ExportedEngine(str(checkpoint), data, options, threads=threads)
+        self.parameters, self.sizes = self.engine.parameters, sizes
+
+    def prepare(self, sentences: Sequence[str], length: int) -> Callable[[], object]:
+        batch, codes = self.engine.encode(sentences), self.sizes.codes(length)
+        return lambda: self.engine.translate(batch, codes)
+
+
 def make_contenders(sizes: Sizes, data: Path, folder: Path, seed: int) -> dict[str, Contender]:
     """Every system of these sizes whose packages are installed, with random weights."""
     teacher = write_random_checkpoint(folder / "ar.pt", data, _ar_words(sizes), seed)
@@ -112,6 +130,9 @@ def make_contenders(sizes: Sizes, data: Path, folder: Path, seed: int) -> dict[s
         student = write_random_checkpoint(path, data, _student_words(sizes, layers), seed)
         name = f"VQ-EM, {layers}-layer predictor"
         found[f"{name}, PyTorch"] = ForcedStudent(student, data, sizes)
+        if _installed("onnx") and _installed("onnxruntime"):
+            found[f"{name}, exported float32"] = ForcedExported(student, data, sizes, "float32")
+            found[f"{name}, exported int8"] = ForcedExported(student, data, sizes, "int8")
     return found
 
 

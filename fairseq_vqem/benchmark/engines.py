@@ -171,7 +171,7 @@ def load_engine(
         )
     if name == "ctranslate2":
         return CTranslate2Engine(checkpoint, data, rest, device, threads)
-    from fairseq_vqem.export.engine import ExportedEngine
+    from fairseq_vqem.benchmark.exported import ExportedEngine
 
     return ExportedEngine(checkpoint, data, rest, device, threads)
 

@@ -24,6 +24,7 @@ from fairseq_vqem.corpora.subwords import (
     train_subwords,
 )
 from fairseq_vqem.errors import UserError
+from fairseq_vqem.images import prepare as pictures
 
 RAW, SUBWORDS, BINARISED = "raw", "subwords", "binarised"
 SUBWORDS_MANIFEST = "manifest.json"
@@ -189,3 +190,4 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         )
         _add_output_options(archive_parser, corpus.vocabulary_size)
         archive_parser.set_defaults(run=_run_archives)
+    pictures.register(corpora)

@@ -12,6 +12,7 @@ from test_api import make_data
 from fairseq_vqem.benchmark.contenders import (
     AR_BEAM,
     CT2_BEAM,
+    ForcedExported,
     ForcedFairseqAR,
     ForcedStudent,
     Sizes,
@@ -67,7 +68,9 @@ def test_contenders_obey_the_length(data: Path, tmp_path: Path) -> None:
     for name, contender in contenders.items():
         for length in (1, 5, 12):
             written = contender.prepare(["the cat", "the dog sees the cow"], length)()
-            if isinstance(contender, ForcedStudent):
+            if isinstance(contender, ForcedExported):
+                assert len(written) == 2
+            elif isinstance(contender, ForcedStudent):
                 generator = contender.engine.translator.generator
                 batch = contender.engine.encode(["the cat"])
                 assert codes_of(generator, contender, batch) == SIZES.codes(length)

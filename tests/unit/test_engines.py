@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from test_api import PAIRS, make_data, make_teacher
+from tiny_student import make_student
 
 from fairseq_vqem.benchmark.engines import (
     CTranslate2Engine,
@@ -121,6 +122,19 @@ def test_ctranslate2_translates_as_fairseq_does(trained: tuple[Path, Path]) -> N
     assert engine.parameters == pytest.approx(reference.parameters, abs=4)
     outputs = engine.translate(engine.encode(SOURCES[:2]), min_length=7, max_length=7)
     assert [len(output) for output in outputs] == [7, 7]
+
+
+def test_the_exported_student_translates_as_fairseq_does(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    data = make_data(tmp_path)
+    student = str(make_student(data, tmp_path / "student.pt"))
+    engine = load_engine(student, data, {"engine": "exported", "remove_repeats": True})
+    reference = load_engine(student, data, {"remove_repeats": True})
+    assert translate_all(engine, SOURCES, 8) == translate_all(reference, SOURCES, 8)
+    assert engine.parameters == reference.parameters
+    with pytest.raises(UserError, match="CPU only"):
+        load_engine(student, data, {"engine": "exported"}, device="cuda")
 
 
 @pytest.mark.parametrize(

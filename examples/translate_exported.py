@@ -1,0 +1,12 @@
+"""Translate the lines of standard input: python examples/translate_exported.py EXPORTED < text
+
+EXPORTED is a folder that `fairseq-vqem export` has written. The standalone.py in it does the same
+where neither fairseq nor this plugin is installed.
+"""
+
+import sys
+
+from fairseq_vqem.export.standalone import StandaloneTranslator
+
+translator = StandaloneTranslator(sys.argv[1])
+print("\n".join(translator.translate(sys.stdin.read().splitlines())))

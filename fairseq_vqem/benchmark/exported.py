@@ -1,0 +1,58 @@
+"""Exported students as systems of the benchmarks."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fairseq_vqem.errors import UserError
+from fairseq_vqem.export.command import export
+from fairseq_vqem.export.standalone import StandaloneError, StandaloneTranslator
+
+
+class ExportedEngine:
+    """A student in ONNX Runtime, exported into a temporary folder.
+
+    Args:
+        checkpoint: one ``vqem_transformer``.
+        options: ``weights`` (float32 or int8) and decoding options of the task.
+
+    Raises:
+        UserError: the student cannot be exported, a package is missing, or not on the CPU.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str,
+        data: Path,
+        options: Mapping[str, Any],
+        device: str = "cpu",
+        threads: int = 1,
+    ) -> None:
+        from fairseq_vqem.generation.api import Translator
+
+        if device != "cpu":
+            raise UserError("the engine exported runs on the CPU only: leave such rows out")
+        task_options = dict(options)
+        weights = task_options.pop("weights", "float32")
+        self.parameters = Translator.from_checkpoint(checkpoint, data).parameters
+        # The runtime may read the weights whenever it likes: the folder lives as long as this does.
+        self._folder = tempfile.TemporaryDirectory()
+        artefact = Path(self._folder.name) / "model"
+        export(Path(checkpoint), data, artefact, weights=weights, task_overrides=task_options)
+        try:
+            self.translator = StandaloneTranslator(artefact, threads)
+        except StandaloneError as error:
+            raise UserError(str(error)) from error
+
+    def encode(self, sentences: Sequence[str]) -> Any:
+        return self.translator.encode(sentences)
+
+    def translate(self, batch: Any, codes: int | None = None) -> list[Any]:
+        """As `Engine.translate`; ``codes`` prescribes how many latents each sentence has."""
+        return list(self.translator.translate_ids(batch, codes))
+
+    def text(self, output: Any) -> str:
+        return self.translator.decode(output)

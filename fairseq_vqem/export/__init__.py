@@ -1,0 +1,1 @@
+"""Export of a student to a folder that runs without fairseq and torch, on ONNX Runtime."""

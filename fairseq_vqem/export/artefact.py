@@ -1,0 +1,99 @@
+"""The folder that an export consists of."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import fairseq_vqem
+from fairseq_vqem.corpora.files import file_sha256
+from fairseq_vqem.errors import UserError
+from fairseq_vqem.export import standalone
+from fairseq_vqem.export.graphs import StudentGraphs, integer_probe
+from fairseq_vqem.export.onnx_graph import WEIGHTS_FILE, WeightFile
+from fairseq_vqem.generation.api import Translator
+
+PROGRAM = "standalone.py"
+DICTIONARIES = {"source": "dictionary.source.json", "target": "dictionary.target.json"}
+
+
+def write_artefact(
+    out: Path, translator: Translator, options: standalone.Options, weights: str
+) -> None:
+    """Write the folder ``out`` for the one student of ``translator``.
+
+    Args:
+        weights: ``float32`` or ``int8``.
+
+    Raises:
+        UserError: ``out`` exists already.
+    """
+    with new_folder(out) as folder:
+        write_graphs(folder, translator, options, weights == "int8")
+        task = translator.task
+        for side, dictionary in (
+            ("source", task.source_dictionary),
+            ("target", task.target_dictionary),
+        ):
+            text = json.dumps(list(dictionary.symbols), ensure_ascii=False)
+            (folder / DICTIONARIES[side]).write_text(text, encoding="utf-8")
+        shutil.copyfile(translator.subwords.path, folder / translator.subwords.file_name)
+        shutil.copyfile(str(standalone.__file__), folder / PROGRAM)
+        write_manifest(folder, translator, options, weights)
+
+
+def write_graphs(
+    folder: Path, translator: Translator, options: standalone.Options, quantised: bool
+) -> None:
+    with WeightFile(folder / WEIGHTS_FILE) as file:
+        graphs = StudentGraphs(
+            translator.models[0],
+            file,
+            quantised,
+            max_source=options.max_source_tokens,
+            max_codes=options.table_codes,
+        )
+        for name in standalone.GRAPHS:
+            graph = getattr(graphs, name)()
+            (folder / f"{name}.onnx").write_bytes(graph.SerializeToString())
+        if quantised:
+            probe = integer_probe(file)
+            (folder / standalone.PROBE).write_bytes(probe.SerializeToString())
+
+
+def write_manifest(
+    folder: Path, translator: Translator, options: standalone.Options, weights: str
+) -> None:
+    """Describe all files of ``folder``, which must be complete."""
+    manifest = {
+        "format": standalone.FORMAT,
+        "version": standalone.FORMAT_VERSION,
+        "made_by": f"fairseq_vqem {fairseq_vqem.__version__}",
+        "weights": weights,
+        "decoding": asdict(options),
+        "dictionaries": DICTIONARIES,
+        "subwords": {"kind": translator.subwords.kind, "file": translator.subwords.file_name},
+        "parts": {path.name: file_sha256(path) for path in sorted(folder.iterdir())},
+    }
+    manifest["checksum"] = standalone.manifest_checksum(manifest)
+    text = json.dumps(manifest, indent=2, ensure_ascii=False, sort_keys=True)
+    (folder / standalone.MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside ``out``: renamed on success, deleted on failure."""
+    if out.exists():
+        raise UserError(f"{out} exists already; delete it or give another --out.")
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.part")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        temporary.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

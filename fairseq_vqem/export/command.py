@@ -1,0 +1,202 @@
+"""``fairseq-vqem export``: a student as a folder that translates without fairseq and torch."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fairseq_vqem.errors import UserError
+
+if TYPE_CHECKING:
+    from fairseq_vqem.export.standalone import Options
+    from fairseq_vqem.generation.api import Translator
+
+WEIGHTS = ("float32", "int8")
+PACKAGES = ("onnx", "onnxruntime")
+CHECKED_SENTENCES = 16
+LONGEST_CHECKED = 24
+SMALLEST_AGREEMENT = 0.9
+FIRST_WORD = 4  # fairseq's special symbols come before
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add ``fairseq-vqem export``."""
+    parser = subparsers.add_parser(
+        "export", help="write a student that translates without fairseq and torch (ONNX Runtime)"
+    )
+    parser.add_argument("--checkpoint", type=Path, required=True, help="the student")
+    parser.add_argument("--data", type=Path, required=True, help="its binarised data")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; must be new")
+    parser.add_argument(
+        "--weights",
+        choices=WEIGHTS,
+        default="float32",
+        help="float32 gives the tokens of fairseq-generate; int8 is a quarter of the size, faster,"
+        " and changes some tokens",
+    )
+    parser.add_argument("--latent-beam", type=int, help="beam of the latent search; 1 is greedy")
+    parser.add_argument(
+        "--latent-end",
+        choices=("marginal", "joint"),
+        help="end where that is likelier than all codes together, or than the best one",
+    )
+    parser.add_argument(
+        "--latent-max-ratio", type=float, help="longest output, as a multiple of the source length"
+    )
+    parser.add_argument("--latent-max-offset", type=int, help="… plus this many tokens")
+    for flag, text in (
+        ("--stop-at-pad-latent", "end at the EOS/PAD latent of Appendix C"),
+        ("--remove-repeats", "collapse runs of one token"),
+    ):
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+    parser.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    decoding = (
+        *("latent_beam", "latent_end", "latent_max_ratio", "latent_max_offset"),
+        *("stop_at_pad_latent", "remove_repeats"),
+    )
+    given = {name: getattr(arguments, name) for name in decoding}
+    overrides = {name: value for name, value in given.items() if value is not None}
+    agreement = export(
+        arguments.checkpoint,
+        arguments.data,
+        arguments.out,
+        weights=arguments.weights,
+        task_overrides=overrides,
+    )
+    print(f"{arguments.out}: {agreement:.1%} of the tokens of random sentences are the model's own")
+    return 0
+
+
+def export(
+    checkpoint: Path,
+    data: Path,
+    out: Path,
+    *,
+    weights: str = "float32",
+    task_overrides: dict[str, Any] | None = None,
+) -> float:
+    """Write the student ``checkpoint`` to the folder ``out``.
+
+    Args:
+        data: binarised data with both dictionaries and the subword model.
+        weights: ``float32`` or ``int8``.
+        task_overrides: decoding options where they are not the checkpoint's.
+
+    Returns:
+        The share of tokens that ``out`` and the model agree on, on sentences of random ids.
+
+    Raises:
+        UserError: a package is missing, ``out`` exists, the checkpoint cannot be loaded, or it or
+            its decoding options cannot be exported.
+    """
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"Exporting needs {' and '.join(missing)}: pip install 'fairseq_vqem[export]'."
+        )
+    if out.exists():
+        raise UserError(f"{out} exists already; delete it or give another --out.")
+    from fairseq_vqem.export.artefact import write_artefact
+    from fairseq_vqem.generation.api import Translator
+
+    translator = Translator.from_checkpoint(checkpoint, data, task_overrides=task_overrides)
+    write_artefact(out, translator, decoding_options(translator), weights)
+    return _checked_agreement(translator, out, weights)
+
+
+def decoding_options(translator: Translator) -> Options:
+    """How ``translator`` decodes, as an artefact says it.
+
+    Raises:
+        UserError: it decodes in a way that cannot be exported.
+    """
+    from fairseq_vqem.export.standalone import Options, StandaloneError
+    from fairseq_vqem.generation.latent_generator import LatentGenerator
+
+    generator = translator.generator
+    if not isinstance(generator, LatentGenerator):
+        raise UserError(
+            "Only vqem_transformer students can be exported; use CTranslate2's fairseq converter"
+            " for an autoregressive model."
+        )
+    _check_exportable(translator, generator)
+    student, search = translator.models[0], generator.search
+    try:
+        return Options(
+            latent_beam=max(search.beam, search.candidates),
+            marginal_end=search.marginal_end,
+            fixed_length=student.cfg.latent_length == "source",
+            max_ratio=search.max_ratio,
+            max_offset=search.max_offset,
+            stop_code=search.stop_code,
+            remove_repeats=generator.remove_repeats,
+            positions_per_code=student.multiple,
+            codes=student.cfg.codebook_size,
+            max_source_tokens=translator.max_source_tokens,
+            max_target_tokens=student.cfg.max_target_positions,
+        )
+    except StandaloneError as error:
+        raise UserError(str(error)) from error
+
+
+def _check_exportable(translator: Translator, generator: Any) -> None:
+    from fairseq_vqem.models.config import LARGEST_JOINT_CODEBOOK
+
+    student = translator.models[0]
+    if len(translator.models) > 1:
+        raise UserError(
+            "An ensemble or a student with a teacher cannot be exported; give one student (average"
+            " checkpoints of a run to join them)."
+        )
+    if generator.rescore != "none":
+        raise UserError(
+            f"Re-scoring (rescore {generator.rescore}) cannot be exported; the checkpoint's task"
+            " has to have rescore none."
+        )
+    if generator.search.temperature:
+        raise UserError("Sampled codes cannot be exported; set the latent temperature to 0.")
+    if student.latent_dictionary.digits > 1:
+        raise UserError(
+            "A student whose latent predictor writes one symbol per codebook (--code-stream"
+            " factorised) cannot be exported; train one with --code-stream joint."
+        )
+    if student.cfg.codebook_size > LARGEST_JOINT_CODEBOOK:
+        raise UserError(
+            f"A student of {student.cfg.codebook_size} joint codes cannot be exported; the most is"
+            f" {LARGEST_JOINT_CODEBOOK}."
+        )
+
+
+def _checked_agreement(translator: Translator, out: Path, weights: str) -> float:
+    """Share of positions at which ``out`` writes what ``translator`` writes."""
+    from fairseq_vqem.export.standalone import StandaloneTranslator
+
+    draw = random.Random(1)
+    words = len(translator.task.source_dictionary)
+    eos = translator.task.source_dictionary.eos()
+    longest = min(LONGEST_CHECKED, translator.max_source_tokens - 1)
+    sources = [
+        [*(draw.randrange(FIRST_WORD, words) for _ in range(draw.randint(1, longest))), eos]
+        for _ in range(CHECKED_SENTENCES)
+    ]
+    expected = translator.translate_tokens([torch.tensor(source) for source in sources])
+    found = StandaloneTranslator(out, torch.get_num_threads()).translate_ids(sources)
+    equal = positions = 0
+    for own, other in zip(expected, found, strict=True):
+        equal += sum(a == b for a, b in zip(own.tolist(), other, strict=False))
+        positions += max(len(own), len(other))
+    agreement = equal / positions
+    if weights == "float32" and agreement < SMALLEST_AGREEMENT:
+        raise UserError(
+            f"{out} agrees with the model on {agreement:.0%} of the tokens only; do not use it, and"
+            " report the model's options."
+        )
+    return agreement

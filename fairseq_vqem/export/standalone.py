@@ -1,0 +1,518 @@
+"""Translate with a student that ``fairseq-vqem export`` has written, without fairseq and torch.
+
+This one file is enough; it may be copied anywhere. It needs numpy, onnxruntime and the package of
+the corpus's subword model (sentencepiece or subword-nmt).
+
+    python standalone.py MODEL < source.txt > translation.txt
+
+From Python: ``StandaloneTranslator("MODEL").translate(["A sentence."])``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+FORMAT = "fairseq_vqem-export"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+GRAPHS = ("encode", "step", "decode")
+PROBE = "probe.onnx"
+PROBE_SIZE, PROBE_WEIGHT, PROBE_VALUE = 64, 127, 255
+BOS, PAD, EOS, UNK = range(4)  # fairseq's special symbols
+IMPOSSIBLE = np.float32(-1e9)
+READ_CHUNK = 1 << 20
+WORD_START = "\u2581"  # SentencePiece's mark
+JOINER = "@@"  # subword-nmt's mark
+
+
+class StandaloneError(Exception):
+    """The artefact, the installation or a sentence is unfit; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How an artefact decodes; written by the export, see its manifest.
+
+    Attributes:
+        latent_beam: code sequences kept per sentence; 1 is greedy.
+        marginal_end: end where that is likelier than all codes together, not only than the best.
+        fixed_length: the number of codes follows from the source length; no end is predicted.
+        max_ratio, max_offset: a hypothesis covers at most ``ratio·|x| + offset`` positions.
+        stop_code: a code that ends the hypothesis (the EOS/PAD latent), or None.
+        remove_repeats: collapse runs of one token.
+        positions_per_code: output positions that one code covers.
+        codes: size of the codebook.
+        max_source_tokens, max_target_tokens: positions the model has.
+
+    Raises:
+        StandaloneError: the latent beam is not between 1 and the number of codes.
+    """
+
+    latent_beam: int
+    marginal_end: bool
+    fixed_length: bool
+    max_ratio: float
+    max_offset: int
+    stop_code: int | None
+    remove_repeats: bool
+    positions_per_code: int
+    codes: int
+    max_source_tokens: int
+    max_target_tokens: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.latent_beam <= self.codes:
+            raise StandaloneError(
+                f"A latent beam of {self.latent_beam} is impossible with {self.codes} codes;"
+                f" choose 1 to {self.codes}."
+            )
+
+    def most_codes(self, source_tokens: int) -> int:
+        """Codes that a hypothesis for a source of so many tokens may have."""
+        if self.fixed_length:
+            longest = 2 * source_tokens
+        else:  # in float32, as the model computes it
+            wanted = np.ceil(np.float32(self.max_ratio) * np.float32(source_tokens))
+            longest = min(int(wanted) + self.max_offset, self.max_target_tokens)
+        return max(1, -(-longest // self.positions_per_code))
+
+    @property
+    def table_codes(self) -> int:
+        """Codes that the graphs' tables of positions are long enough for."""
+        longest = 2 * self.max_source_tokens if self.fixed_length else self.max_target_tokens
+        return -(-longest // self.positions_per_code)
+
+
+class StandaloneTranslator:
+    """An exported student on the CPU.
+
+    Args:
+        path: folder that ``fairseq-vqem export`` has written.
+        threads: CPU threads; None takes all cores.
+        latent_beam: overrules the artefact's.
+        max_tokens: most source tokens in a batch, padding included.
+
+    Raises:
+        StandaloneError: the artefact is missing, damaged or of another format, or a package that
+            it needs is missing.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        threads: int | None = None,
+        *,
+        latent_beam: int | None = None,
+        max_tokens: int = 4000,
+    ) -> None:
+        folder = Path(path)
+        manifest = read_manifest(folder)
+        beam = {} if latent_beam is None else {"latent_beam": latent_beam}
+        self.options = Options(**{**manifest["decoding"], **beam})
+        self.max_tokens = max_tokens
+        self.subwords = Subwords(
+            manifest["subwords"]["kind"], folder / manifest["subwords"]["file"]
+        )
+        self.source = Dictionary(folder / manifest["dictionaries"]["source"])
+        self.target = Dictionary(folder / manifest["dictionaries"]["target"])
+        self.graphs = {name: Graph(folder / f"{name}.onnx", threads) for name in GRAPHS}
+        if manifest["weights"] == "int8":
+            check_integer_products(Graph(folder / PROBE, 1))
+
+    def translate(self, sentences: Sequence[str]) -> list[str]:
+        """Return one translation for each sentence, in order; nothing to read gives ``""``.
+
+        Raises:
+            StandaloneError: a sentence is longer than the model's positions.
+        """
+        sources = self.encode(sentences)
+        occupied = [index for index, source in enumerate(sources) if len(source) > 1]
+        translations = [""] * len(sources)
+        outputs = self.translate_ids([sources[index] for index in occupied])
+        for index, output in zip(occupied, outputs, strict=True):
+            translations[index] = self.decode(output)
+        return translations
+
+    def encode(self, sentences: Sequence[str]) -> list[list[int]]:
+        """Return source ids of each sentence, the end-of-sentence symbol included.
+
+        Raises:
+            StandaloneError: a sentence is longer than the model's positions.
+        """
+        sources = [self.source.ids(self.subwords.encode(sentence)) for sentence in sentences]
+        self._check_lengths(sources)
+        return sources
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return target ids as text."""
+        return self.subwords.decode(self.target.pieces(ids))
+
+    def translate_ids(
+        self, sources: Sequence[Sequence[int]], codes: int | None = None
+    ) -> list[list[int]]:
+        """Return target ids of each source, in order; both end in the end-of-sentence symbol.
+
+        Args:
+            sources: ids as `encode` gives them.
+            codes: write exactly so many codes for each source, whatever the model says; for
+                timing models that do not know when to end.
+
+        Raises:
+            StandaloneError: a source or an output of so many codes exceeds the positions.
+        """
+        self._check_lengths(sources)
+        if codes is not None and not 1 <= codes <= self.options.table_codes:
+            raise StandaloneError(
+                f"{codes} codes are impossible; choose 1 to {self.options.table_codes}."
+            )
+        outputs: list[list[int]] = [[] for _ in sources]
+        for batch in batches_by_length([len(source) for source in sources], self.max_tokens):
+            translated = self._translate_batch([sources[index] for index in batch], codes)
+            for index, output in zip(batch, translated, strict=True):
+                outputs[index] = output
+        return outputs
+
+    def _translate_batch(
+        self, sources: Sequence[Sequence[int]], forced: int | None
+    ) -> list[list[int]]:
+        lengths = [len(source) for source in sources]
+        tokens = np.full((len(sources), max(lengths)), PAD, np.int64)
+        for row, source in zip(tokens, sources, strict=True):
+            row[: len(source)] = source
+        encoded = self.graphs["encode"]({"tokens": tensor(tokens)})
+        search = LatentSearch(self.graphs["step"], encoded, self.options, lengths, forced)
+        codes = search.run()
+        decodable = codes.copy()
+        decodable[:, 0] = np.maximum(codes[:, 0], 0)  # attention over nothing is undefined
+        words = self.graphs["decode"]({**encoded, "codes": tensor(decodable)})["words"].numpy()
+        lengths = (codes >= 0).sum(1) * self.options.positions_per_code
+        return [self._output(row[:length]) for row, length in zip(words, lengths, strict=True)]
+
+    def _output(self, words: NDArray[np.int64]) -> list[int]:
+        """Words before the first end of sentence, then the end of sentence."""
+        ids: list[int] = []
+        for word in words.tolist():
+            if word == EOS:
+                break
+            if not (self.options.remove_repeats and ids and ids[-1] == word):
+                ids.append(word)
+        return [*ids, EOS]
+
+    def _check_lengths(self, sources: Sequence[Sequence[int]]) -> None:
+        limit = self.options.max_source_tokens
+        for number, source in enumerate(sources, start=1):
+            if len(source) > limit:
+                raise StandaloneError(
+                    f"Line {number} has {len(source)} subwords but the model reads at most"
+                    f" {limit}; split or shorten it."
+                )
+            if not source:
+                raise StandaloneError(f"Source {number} lacks its end-of-sentence symbol.")
+
+
+class LatentSearch:
+    """Greedy or beam search over codes for B sentences times W beams (R = B·W rows).
+
+    Args:
+        step: graph of one step.
+        encoded: outputs of the graph ``encode``.
+        lengths: tokens of each source.
+        forced: number of codes that every hypothesis has, or None.
+    """
+
+    def __init__(
+        self,
+        step: Graph,
+        encoded: Mapping[str, Any],
+        options: Options,
+        lengths: Sequence[int],
+        forced: int | None,
+    ) -> None:
+        self.graph, self.options = step, options
+        self.width, self.batch = options.latent_beam, len(lengths)
+        self.fixed_length = options.fixed_length or forced is not None
+        self.stop_code = options.stop_code if forced is None else None
+        limits = [forced or options.most_codes(length) for length in lengths]
+        rows = self.batch * self.width
+        self.limits = np.repeat(limits, self.width)
+        self.codes = np.zeros((rows, 0), np.int64)
+        self.finished = np.zeros(rows, bool)
+        self.lengths = np.zeros(rows, np.int64)  # symbols, the end included
+        self.scores = np.zeros(rows, np.float32)
+        # all beams start equal: only the first one may be extended at the first step
+        self.scores.reshape(self.batch, -1)[:, 1:] = IMPOSSIBLE
+        self.parents = np.arange(rows)
+        self.feed = {**encoded, "width": tensor(np.array([self.width]))}
+        for name, shape in step.inputs.items():
+            if name.startswith("past_"):
+                self.feed[name] = tensor(np.zeros((rows, shape[1], 0, shape[3]), np.float32))
+
+    def run(self) -> NDArray[np.int64]:
+        """The best codes ``[B, L]`` of each sentence, -1 after the end."""
+        while not self.finished.all():
+            self._advance()
+        if self.stop_code is not None:
+            self.codes[self.codes == self.stop_code] = -1
+        shape = (self.batch, self.width)
+        best = (self.scores / np.maximum(self.lengths, 1)).reshape(shape).argmax(1)
+        codes: NDArray[np.int64] = self.codes.reshape(*shape, -1)[np.arange(self.batch), best]
+        return codes
+
+    def _advance(self) -> None:
+        gains, choices = self._choices()
+        if self.width == 1:
+            self.parents = np.arange(self.batch)
+            place = gains.argmax(1)
+        else:
+            totals = (self.scores[:, None] + gains).reshape(self.batch, -1)
+            best = np.argsort(-totals, axis=1, kind="stable")[:, : self.width]
+            first = np.arange(self.batch)[:, None] * self.width
+            self.parents = (first + best // gains.shape[1]).reshape(-1)
+            place = (best % gains.shape[1]).reshape(-1)
+            self.scores = self.scores[self.parents] + gains[self.parents, place]
+        newest = choices[self.parents, place]
+        finished = self.finished[self.parents]
+        self.lengths = self.lengths[self.parents] + ~finished
+        self.codes = np.concatenate([self.codes[self.parents], newest[:, None]], 1)
+        ended = newest < 0
+        if self.stop_code is not None:
+            ended |= newest == self.stop_code
+        if self.fixed_length:
+            ended |= self.codes.shape[1] >= self.limits
+        self.finished = finished | ended
+
+    def _choices(self) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Log-probabilities and codes ``[R, W + 1]`` of what may follow; the end, -1, is last."""
+        ends, gains, codes = self._step()
+        position = self.codes.shape[1]
+        if self.fixed_length or position == 0:
+            ends = np.full_like(ends, IMPOSSIBLE)
+        elif self.options.marginal_end:
+            is_end = ends > math.log(0.5)
+            gains = np.where(is_end[:, None], IMPOSSIBLE, gains)
+            ends = np.where(is_end, ends, IMPOSSIBLE)
+        over = np.zeros_like(self.finished) if self.fixed_length else position >= self.limits
+        only_end = self.finished | over  # a finished beam has one continuation, itself
+        gains = np.where(only_end[:, None], IMPOSSIBLE, gains)
+        ends = np.where(only_end, np.float32(0.0), ends)
+        none = np.full((len(ends), 1), -1)
+        return np.concatenate([gains, ends[:, None]], 1), np.concatenate([codes, none], 1)
+
+    def _step(self) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]:
+        rows = len(self.finished)
+        newest = self.codes[:, -1] if self.codes.size else np.full(rows, -1)
+        self.feed["codes"] = tensor(newest.reshape(self.batch, self.width))
+        self.feed["parents"] = tensor(self.parents)
+        found = self.graph(self.feed)
+        for name, value in found.items():
+            if name.startswith("present_"):
+                self.feed[name.replace("present_", "past_")] = value
+        return found["end"].numpy(), found["scores"].numpy(), found["best"].numpy()
+
+
+class Graph:
+    """One ONNX graph; tensors stay in the runtime's hands between graphs.
+
+    Raises:
+        StandaloneError: onnxruntime is missing or cannot read the graph.
+    """
+
+    def __init__(self, path: Path, threads: int | None) -> None:
+        runtime = needed("onnxruntime", "onnxruntime")
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = threads or 0
+        options.log_severity_level = 3
+        # the threads of one graph must not spin while another graph computes
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        try:
+            self._session = runtime.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # onnxruntime has many exceptions without a common class
+            raise StandaloneError(
+                f"onnxruntime {runtime.__version__} cannot load {path} ({error}); install the"
+                " version that the export was made with, or export again."
+            ) from error
+        self.inputs = {each.name: tuple(each.shape) for each in self._session.get_inputs()}
+        self._outputs = [each.name for each in self._session.get_outputs()]
+
+    def __call__(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Run on those of ``values`` that are inputs; returns the outputs by name."""
+        feed = {name: values[name] for name in self.inputs}
+        found = self._session.run_with_ort_values(self._outputs, feed)
+        return dict(zip(self._outputs, found, strict=True))
+
+
+def check_integer_products(probe: Graph) -> None:
+    """Raise StandaloneError where products of the largest integers overflow.
+
+    onnxruntime adds them in 16 bits on processors without VNNI, and silently cuts off the sums.
+    """
+    product = probe({"x": tensor(np.full((4, PROBE_SIZE), PROBE_VALUE, np.uint8))})["y"].numpy()
+    if not (product == PROBE_SIZE * PROBE_VALUE * PROBE_WEIGHT).all():
+        raise StandaloneError(
+            "This processor cannot multiply eight-bit integers exactly (it lacks VNNI); export"
+            " with --weights float32 for it."
+        )
+
+
+class Dictionary:
+    """fairseq's dictionary: pieces to ids and back."""
+
+    def __init__(self, path: Path) -> None:
+        self._pieces: list[str] = json.loads(path.read_text("utf-8"))
+        self._ids = {piece: number for number, piece in enumerate(self._pieces)}
+
+    def ids(self, pieces: str) -> list[int]:
+        """Ids of space-joined ``pieces``, then the end of sentence."""
+        return [*(self._ids.get(piece, UNK) for piece in pieces.split()), EOS]
+
+    def pieces(self, ids: Sequence[int]) -> str:
+        """Space-joined pieces of ``ids``, without special symbols but with ``<unk>``."""
+        return " ".join(self._pieces[number] for number in ids if number not in (BOS, PAD, EOS))
+
+
+class Subwords:
+    """The corpus's subword model.
+
+    Raises:
+        StandaloneError: its package is missing.
+    """
+
+    def __init__(self, kind: str, path: Path) -> None:
+        self.kind = kind
+        if kind == "sentencepiece":
+            package = needed("sentencepiece", "sentencepiece")
+            self._model = package.SentencePieceProcessor(model_file=str(path))
+        else:
+            package = needed("subword_nmt.apply_bpe", "subword-nmt")
+            with path.open(encoding="utf-8") as codes:
+                self._model = package.BPE(codes, separator=JOINER)
+
+    def encode(self, line: str) -> str:
+        """Return the pieces of `line`, joined by spaces."""
+        line = " ".join(line.split())
+        if self.kind == "sentencepiece":
+            return " ".join(self._model.encode(line, out_type=str))
+        return str(self._model.segment(line))
+
+    def decode(self, pieces: str) -> str:
+        """Return the line that `pieces` came from."""
+        if self.kind == "sentencepiece":
+            return pieces.replace(" ", "").replace(WORD_START, " ").strip()
+        return (pieces + " ").replace(JOINER + " ", "").rstrip()
+
+
+def tensor(array: NDArray[Any]) -> Any:
+    """``array`` as onnxruntime's tensor."""
+    runtime = needed("onnxruntime", "onnxruntime")
+    return runtime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+
+
+def needed(module: str, package: str) -> Any:
+    """Import ``module``, or raise StandaloneError naming the ``package`` to install."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise StandaloneError(f"{package} is not installed: pip install {package}") from error
+
+
+def batches_by_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Yield indices in batches of similar length, the longest first, until all are used."""
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        if batch and (len(batch) + 1) * lengths[batch[0]] > max_tokens:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return what the artefact says of itself, once every part has been found undamaged.
+
+    Raises:
+        StandaloneError: a part is missing or damaged, or the format is unknown.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise StandaloneError(
+            f"{folder} is no exported model (it has no {MANIFEST}); give the folder that"
+            " fairseq-vqem export has written."
+        )
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        checksum = manifest.pop("checksum")
+    except (ValueError, KeyError, AttributeError) as error:
+        raise StandaloneError(f"{path} is damaged; copy the folder again.") from error
+    if checksum != manifest_checksum(manifest):
+        raise StandaloneError(f"{path} is damaged; copy the folder again.")
+    if (manifest.get("format"), manifest.get("version")) != (FORMAT, FORMAT_VERSION):
+        raise StandaloneError(
+            f"{folder} has format {manifest.get('format')} {manifest.get('version')}, but this"
+            f" program reads {FORMAT} {FORMAT_VERSION}; use the standalone.py in that folder or"
+            " export again."
+        )
+    for name, expected in manifest["parts"].items():
+        if not (folder / name).is_file():
+            raise StandaloneError(f"{folder} lacks {name}; copy the folder again.")
+        if file_sha256(folder / name) != expected:
+            raise StandaloneError(f"{folder / name} is damaged; copy the folder again.")
+    return manifest
+
+
+def manifest_checksum(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest without its own checksum."""
+    text = json.dumps(manifest, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(READ_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Translate standard input to standard output, line by line."""
+    parser = argparse.ArgumentParser(description="Translate lines with an exported student.")
+    parser.add_argument("model", help="folder that fairseq-vqem export has written")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    parser.add_argument("--latent-beam", type=int, help="beam of the latent search")
+    arguments = parser.parse_args(words)
+    try:
+        translator = StandaloneTranslator(
+            arguments.model, arguments.threads, latent_beam=arguments.latent_beam
+        )
+        lines = sys.stdin.buffer.read().decode("utf-8").split("\n")
+        lines = lines if lines[-1] else lines[:-1]  # the last line end ends a line
+        output = "".join(f"{line}\n" for line in translator.translate(lines))
+    except UnicodeDecodeError:
+        print("standalone.py: error: the input is not UTF-8 text", file=sys.stderr)
+        return 1
+    except StandaloneError as error:
+        print(f"standalone.py: error: {error}", file=sys.stderr)
+        return 1
+    sys.stdout.buffer.write(output.encode("utf-8"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""Recipes of picture experiments: YAML files that name a data set, systems and seeds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import yaml
+
+from fairseq_vqem.errors import UserError
+from fairseq_vqem.images.prepare import CORPORA, VALID_PICTURES
+from fairseq_vqem.pipeline.recipe import Options
+
+REQUIRED = ("name", "corpus", "common", "systems", "seeds")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What is done beyond reconstruction, with one seed of each system.
+
+    Attributes:
+        systems: which get a prior; by default all.
+        seed: of the autoencoders that get one, of the priors and of the draws.
+        prior: fairseq-train options of the latent prior.
+        samples: how many pictures are drawn for the feature distance.
+        temperature: of the draws.
+        feature_epochs: of the classifier whose features that distance uses.
+    """
+
+    seed: int
+    prior: Options
+    systems: list[str] | None = None
+    samples: int = 10_000
+    temperature: float = 1.0
+    feature_epochs: int = 3
+
+
+@dataclass(frozen=True)
+class ImageRecipe:
+    """One experiment.
+
+    Attributes:
+        name: of the experiment and of its result file.
+        corpus: data set, as ``fairseq-vqem prepare`` calls it.
+        common: fairseq-train options of all systems.
+        systems: for each system by name, its further fairseq-train options.
+        seeds: each system is trained once with each.
+        collapse_below: a run counts as collapsed if its codebook perplexity on the test split is
+            below this share of the codebook's size.
+        shown: pictures of the grids.
+        generation: None leaves generation out.
+    """
+
+    name: str
+    corpus: str
+    common: Options
+    systems: dict[str, Options]
+    seeds: list[int]
+    collapse_below: float = 0.1
+    shown: int = 32
+    generation: Generation | None = None
+    valid_size: int = VALID_PICTURES
+
+
+def read_image_recipe(path: Path) -> ImageRecipe:
+    """Read a recipe; ``UserError`` says which key is missing, unknown or wrong."""
+    if not path.is_file():
+        raise UserError(f"there is no recipe {path}: give the path of a recipe.yaml")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is no recipe: it has no keys")
+    known = {each.name for each in fields(ImageRecipe)}
+    unknown, missing = set(content) - known, set(REQUIRED) - set(content)
+    if unknown or missing:
+        raise UserError(
+            f"{path} is no recipe of pictures: unknown {sorted(unknown)}, missing"
+            f" {sorted(missing)}; it may have {sorted(known)}"
+        )
+    if content["corpus"] not in CORPORA:
+        raise UserError(f"{path}: the corpus {content['corpus']} is none of {', '.join(CORPORA)}")
+    generation = content.get("generation")
+    try:
+        recipe = ImageRecipe(**{**content, "generation": generation and Generation(**generation)})
+    except TypeError as error:
+        raise UserError(f"{path}: generation has wrong keys ({error})") from error
+    if not recipe.seeds or not recipe.systems or recipe.shown < 1:
+        raise UserError(f"{path} needs at least one seed, one system and one picture to be shown")
+    if recipe.generation:
+        _check_generation(path, recipe, recipe.generation)
+    return recipe
+
+
+def _check_generation(path: Path, recipe: ImageRecipe, wanted: Generation) -> None:
+    if wanted.seed not in recipe.seeds:
+        raise UserError(f"{path}: generation's seed is none of the seeds {recipe.seeds}")
+    unknown = set(wanted.systems or ()) - set(recipe.systems)
+    if unknown:
+        raise UserError(f"{path}: generation names {sorted(unknown)}, which are no systems")
+    if wanted.samples < 2 or "max_update" not in wanted.prior:
+        raise UserError(f"{path}: generation needs 2 samples or more and the prior's max_update")

@@ -1,0 +1,101 @@
+"""fairseq's iterative-refinement generator, made fit for every parallel model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from fairseq.data import Dictionary
+from fairseq.iterative_refinement_generator import IterativeRefinementGenerator
+from torch import Tensor, nn
+
+from fairseq_vqem.errors import UserError
+from fairseq_vqem.peers.rules import check_generation, rules_of
+
+MOST_TOKENS = 8192  # source tokens times candidates decoded in one batch: 1-2 GB of logits
+
+
+class OwnScores(nn.Module):
+    """Stands where a teacher would: candidates keep the scores that they have."""
+
+
+class ParallelGenerator(IterativeRefinementGenerator):
+    """One best hypothesis per sentence, whatever the number of candidates.
+
+    - One-pass models are decoded in one pass whatever fairseq's default of 10 refinements; CMLM
+      always takes all of its passes.
+    - The teacher of ``--iter-decode-with-external-reranker`` reads sources as it was trained on
+      them: without BOS.
+    - With candidates, a large batch is decoded in parts; those of one sentence stay together.
+
+    Args:
+        models: the parallel model (or an ensemble of fairseq's own), and the teacher if there is
+            one.
+        args: generation options, of which those that are missing have fairseq's defaults.
+
+    Raises:
+        UserError: models and options do not go together.
+    """
+
+    def __init__(self, dictionary: Dictionary, models: Sequence[Any], args: Any) -> None:
+        check_generation(models, args)
+        rules = rules_of(models[0])
+        beam = getattr(args, "iter_decode_with_beam", 1)
+        teacher = getattr(args, "iter_decode_with_external_reranker", False)
+        force = getattr(args, "iter_decode_force_max_iter", False)
+        super().__init__(
+            dictionary,
+            models=models,
+            eos_penalty=getattr(args, "iter_decode_eos_penalty", 0.0),
+            max_iter=0 if rules.one_pass else getattr(args, "iter_decode_max_iter", 10),
+            beam_size=beam,
+            decoding_format=getattr(args, "decoding_format", None),
+            adaptive=not (force or rules.every_pass),
+            retain_history=getattr(args, "retain_iter_history", False),
+            reranking=beam > 1,  # else fairseq compares scores by numpy on whatever device
+        )
+        self.own_scores = OwnScores() if beam > 1 and not teacher else None
+
+    @torch.no_grad()
+    def generate(
+        self,
+        models: Sequence[Any],
+        sample: dict[str, Any],
+        prefix_tokens: Tensor | None = None,
+        constraints: Tensor | None = None,
+    ) -> list[list[dict[str, Any]]]:
+        """One list per sentence of ``sample`` with its best hypothesis (BOS, words, EOS)."""
+        if prefix_tokens is not None or constraints is not None:
+            raise UserError(
+                "parallel decoding takes no --prefix-size and no --constraints: drop the option"
+            )
+        models = [*models, self.own_scores] if self.own_scores else models
+        src_tokens = sample["net_input"]["src_tokens"]
+        size, width = src_tokens.shape
+        if self.beam_size > 1:
+            size = max(1, MOST_TOKENS // (self.beam_size * width))
+        lengths = sample["net_input"]["src_lengths"].split(size)
+        found: list[list[dict[str, Any]]] = []
+        for part in zip(src_tokens.split(size), lengths, strict=True):
+            inputs = dict(zip(("src_tokens", "src_lengths"), part, strict=True))
+            found += super().generate(models, {"net_input": inputs})
+        return found
+
+    def rerank(
+        self,
+        reranker: nn.Module,
+        finalized: list[list[dict[str, Any]]],
+        encoder_input: list[Tensor],
+        beam_size: int,
+    ) -> list[list[dict[str, Any]]]:
+        """Scores of a teacher, or own scores moved to where numpy can compare them."""
+        if isinstance(reranker, OwnScores):
+            for (candidate,) in finalized:
+                candidate["score"] = candidate["score"].cpu()
+            return finalized
+        src_tokens, src_lengths = encoder_input
+        begins = src_tokens.eq(self.bos)
+        source = [src_tokens.masked_fill(begins, self.pad), src_lengths - begins.sum(1)]
+        ranked: list[list[dict[str, Any]]] = super().rerank(reranker, finalized, source, beam_size)
+        return ranked

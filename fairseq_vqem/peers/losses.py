@@ -1,0 +1,180 @@
+"""``ctc_nat_loss`` and ``fertility_nat_loss``."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from fairseq import metrics
+from fairseq.criterions import FairseqCriterion, register_criterion
+from fairseq.dataclass import FairseqDataclass
+from fairseq.tasks import FairseqTask
+from torch import Tensor
+from torch.nn import functional
+
+from fairseq_vqem.criterions.vqem_loss import smoothed_cross_entropy
+from fairseq_vqem.errors import UserError
+from fairseq_vqem.models.config import option
+from fairseq_vqem.peers.ctc import frames_needed
+from fairseq_vqem.peers.ctc_nat import CTCNAT, CTCOutput
+from fairseq_vqem.peers.fertility_nat import FertilityNAT, FertilityOutput
+
+BITS = 1 / math.log(2)
+
+
+@dataclass
+class CTCNATLossConfig(FairseqDataclass):
+    label_smoothing: float = option(0.0, "share of the uniform distribution over symbols")
+
+
+@register_criterion("ctc_nat_loss", dataclass=CTCNATLossConfig)
+class CTCNATLoss(FairseqCriterion):
+    """Negative log-likelihood of the target summed over all paths that collapse to it.
+
+    A target that needs more frames than its source gives has no likelihood: it is left out of loss
+    and sample size, and ``unfit`` is logged, the share of such sentences.
+    """
+
+    def __init__(self, task: FairseqTask, label_smoothing: float) -> None:
+        super().__init__(task)
+        self.label_smoothing = checked_smoothing(label_smoothing)
+
+    def forward(
+        self, model: CTCNAT, sample: dict[str, Any], reduce: bool = True
+    ) -> tuple[Tensor, int, dict[str, Any]]:
+        """Summed loss, the number of target words that it stands for, and what is logged."""
+        output: CTCOutput = model(**sample["net_input"], target=sample["target"])
+        log_probabilities = torch.log_softmax(output.logits.float(), -1)
+        fits = frames_needed(output.words, output.counts) <= output.frames.sum(1)
+        tokens = int(output.counts[fits].sum())
+        nll = ctc_losses(log_probabilities, output, blank=output_blank(self.task)).sum()
+        loss = nll
+        if self.label_smoothing:
+            learned = output.frames & fits.unsqueeze(1)
+            uniform = -log_probabilities.mean(-1)[learned].sum() / max(1, int(learned.sum()))
+            loss = (1 - self.label_smoothing) * nll + self.label_smoothing * tokens * uniform
+        log = {
+            "loss": loss.detach(),
+            "nll": nll.detach(),
+            "ntokens": sample["ntokens"],
+            "nsentences": sample["target"].size(0),
+            "tokens": tokens,
+            "unfit": (~fits).sum(),
+            "frames": output.frames.sum(),
+            "glanced": output.glanced.sum(),
+        }
+        return loss, tokens, log
+
+    @staticmethod
+    def logging_outputs_can_be_summed() -> bool:
+        return True
+
+    @classmethod
+    def reduce_metrics(cls, logging_outputs: list[dict[str, Any]]) -> None:
+        """Losses in bits per target word, glanced frames and unfit sentences as shares."""
+        log_average(logging_outputs, "loss", "loss", "tokens", BITS)
+        log_average(logging_outputs, "nll_loss", "nll", "tokens", BITS)
+        log_average(logging_outputs, "glanced", "glanced", "frames")
+        log_average(logging_outputs, "unfit", "unfit", "nsentences")
+
+
+@dataclass
+class FertilityNATLossConfig(FairseqDataclass):
+    label_smoothing: float = option(0.0, "label smoothing of the words' cross-entropy")
+    fertility_weight: float = option(1.0, "weight of the fertilities' cross-entropy")
+
+
+@register_criterion("fertility_nat_loss", dataclass=FertilityNATLossConfig)
+class FertilityNATLoss(FairseqCriterion):
+    """Cross-entropy of the words under gold fertilities, plus that of the fertilities.
+
+    Both are sums, so a sentence's fertilities weigh against its words as their numbers do.
+    """
+
+    def __init__(self, task: FairseqTask, label_smoothing: float, fertility_weight: float) -> None:
+        super().__init__(task)
+        self.label_smoothing = checked_smoothing(label_smoothing)
+        if fertility_weight < 0.0:
+            raise UserError(f"--fertility-weight is {fertility_weight}: it must not be negative")
+        self.fertility_weight = fertility_weight
+
+    def forward(
+        self, model: FertilityNAT, sample: dict[str, Any], reduce: bool = True
+    ) -> tuple[Tensor, int, dict[str, Any]]:
+        """Summed loss, the number of target tokens (EOS included), and what is logged."""
+        output: FertilityOutput = model(
+            **sample["net_input"],
+            target=sample["target"],
+            alignments=sample.get("alignments"),
+        )
+        words, nll = smoothed_cross_entropy(
+            output.logits, output.labels, self.padding_idx, self.label_smoothing
+        )
+        fertility = functional.cross_entropy(
+            output.fertility_logits.float(), output.fertilities, reduction="sum"
+        )
+        loss = words + self.fertility_weight * fertility
+        tokens = int(output.labels.ne(self.padding_idx).sum())
+        log = {
+            "loss": loss.detach(),
+            "nll": nll.detach(),
+            "fertility": fertility.detach(),
+            "ntokens": sample["ntokens"],
+            "nsentences": sample["target"].size(0),
+            "tokens": tokens,
+            "source_words": output.fertilities.numel(),
+        }
+        return loss, tokens, log
+
+    @staticmethod
+    def logging_outputs_can_be_summed() -> bool:
+        return True
+
+    @classmethod
+    def reduce_metrics(cls, logging_outputs: list[dict[str, Any]]) -> None:
+        """Losses in bits: per target token, and per source word for the fertilities."""
+        log_average(logging_outputs, "loss", "loss", "tokens", BITS)
+        log_average(logging_outputs, "nll_loss", "nll", "tokens", BITS)
+        log_average(logging_outputs, "fertility_loss", "fertility", "source_words", BITS)
+
+
+def ctc_losses(log_probabilities: Tensor, output: CTCOutput, blank: int) -> Tensor:
+    """Negative log-likelihood of each sentence, ``[B]``; 0 where the words do not fit.
+
+    Args:
+        log_probabilities: ``[B, T, V]``.
+    """
+    return functional.ctc_loss(
+        log_probabilities.transpose(0, 1),
+        output.words,
+        output.frames.sum(1),
+        output.counts,
+        blank=blank,
+        reduction="none",
+        zero_infinity=True,
+    )
+
+
+def output_blank(task: Any) -> int:
+    """The symbol that ``ctc_nat`` uses as its blank."""
+    return int(task.target_dictionary.bos())
+
+
+def checked_smoothing(label_smoothing: float) -> float:
+    if not 0.0 <= label_smoothing < 1.0:
+        raise UserError(f"--label-smoothing is {label_smoothing}: it must be in [0, 1)")
+    return label_smoothing
+
+
+def log_average(
+    logging_outputs: list[dict[str, Any]],
+    name: str,
+    key: str,
+    count_key: str,
+    scale: float = 1.0,
+) -> None:
+    """Log the sum of ``key`` over that of ``count_key``, unless there was nothing to count."""
+    count = float(sum(log.get(count_key, 0) for log in logging_outputs))
+    if count:
+        total = float(sum(log.get(key, 0) for log in logging_outputs))
+        metrics.log_scalar(name, total / count * scale, count, round=3)

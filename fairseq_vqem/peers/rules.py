@@ -1,0 +1,157 @@
+"""What each parallel model must be trained and decoded with, and the refusal of everything else.
+
+fairseq accepts any combination; the wrong ones train without complaint to a BLEU near zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fairseq.criterions.nat_loss import LabelSmoothedDualImitationCriterion
+from fairseq.dataclass.configs import GenerationConfig
+from fairseq.models.nat import (
+    CMLMNATransformerModel,
+    FairseqNATModel,
+    IterNATransformerModel,
+    LevenshteinTransformerModel,
+    NATransformerModel,
+)
+from fairseq.models.transformer import TransformerModelBase
+
+from fairseq_vqem.errors import UserError
+from fairseq_vqem.peers.ctc_nat import CTCNAT
+from fairseq_vqem.peers.fertility_nat import FertilityNAT
+from fairseq_vqem.peers.losses import CTCNATLoss, FertilityNATLoss
+
+
+@dataclass(frozen=True)
+class Rules:
+    """One model's rules.
+
+    Attributes:
+        name: as ``--arch`` says it.
+        criterion: the class of its loss, and ``criterion_name`` for ``--criterion``.
+        noise: what ``--noise`` must be in training; None where the model takes no noised target.
+        one_pass: decoded without refinement, for which it was not trained.
+        every_pass: decoded to the last pass, since equal outputs of two passes may hold masks.
+    """
+
+    name: str
+    criterion: type
+    criterion_name: str
+    noise: str | None = None
+    one_pass: bool = False
+    every_pass: bool = False
+
+
+NAT_LOSS = (LabelSmoothedDualImitationCriterion, "nat_loss")
+RULES: dict[type, Rules] = {
+    NATransformerModel: Rules(
+        "nonautoregressive_transformer", *NAT_LOSS, noise="full_mask", one_pass=True
+    ),
+    IterNATransformerModel: Rules(
+        "iterative_nonautoregressive_transformer", *NAT_LOSS, noise="full_mask"
+    ),
+    CMLMNATransformerModel: Rules(
+        "cmlm_transformer", *NAT_LOSS, noise="random_mask", every_pass=True
+    ),
+    LevenshteinTransformerModel: Rules("levenshtein_transformer", *NAT_LOSS, noise="random_delete"),
+    CTCNAT: Rules("ctc_nat", CTCNATLoss, "ctc_nat_loss", one_pass=True),
+    FertilityNAT: Rules("fertility_nat", FertilityNATLoss, "fertility_nat_loss", one_pass=True),
+}
+
+
+def is_autoregressive(model: Any) -> bool:
+    """Whether ``model`` is one of fairseq's Transformers that write word by word."""
+    return isinstance(model, TransformerModelBase) and not isinstance(model, FairseqNATModel)
+
+
+def rules_of(model: Any) -> Rules:
+    """The rules of the nearest class that has some.
+
+    Raises:
+        UserError: ``model`` is not a parallel model, or one without rules.
+    """
+    found = next((RULES[kind] for kind in type(model).__mro__ if kind in RULES), None)
+    if found is None:
+        known = ", ".join(rules.name for rules in RULES.values())
+        raise UserError(
+            f"--task translation_nat is for parallel models ({known}): use --task translation for"
+            " an autoregressive one, and translation_vqem for vqem_transformer"
+        )
+    return found
+
+
+def check_training(model: Any, task_cfg: Any) -> None:
+    """Raise ``UserError`` for a task option with which ``model`` cannot learn."""
+    rules = rules_of(model)
+    noise = str(getattr(task_cfg.noise, "value", task_cfg.noise))
+    if rules.noise is not None and noise != rules.noise:
+        raise UserError(
+            f"{rules.name} trained with --noise {noise} ends near BLEU 0: pass --noise"
+            f" {rules.noise}"
+        )
+    if isinstance(model, FertilityNAT) and not task_cfg.load_alignments:
+        raise UserError(
+            "fertility_nat learns from word alignments: make them with fairseq-vqem align and pass"
+            " --load-alignments"
+        )
+    check_source_copy(model, task_cfg)
+
+
+def check_source_copy(model: Any, task_cfg: Any) -> None:
+    """fairseq copies source embeddings from the first column on, which left padding fills."""
+    copies = getattr(getattr(model, "decoder", None), "src_embedding_copy", False)
+    if copies and task_cfg.left_pad_source:
+        raise UserError(
+            "--src-embedding-copy copies padding where sources are padded on the left: add"
+            " --left-pad-source (fairseq's switch that turns left padding off)"
+        )
+
+
+def check_criterion(model: Any, criterion: Any) -> None:
+    """Raise ``UserError`` unless ``criterion`` is the loss of ``model``."""
+    rules = rules_of(model)
+    if not isinstance(criterion, rules.criterion):
+        raise UserError(f"{rules.name} needs its own loss: pass --criterion {rules.criterion_name}")
+
+
+def check_generation(models: Sequence[Any], args: Any) -> None:
+    """Raise ``UserError`` for models and generation options that do not go together."""
+    rules = rules_of(models[0])
+    beam = getattr(args, "iter_decode_with_beam", 1)
+    reranks = getattr(args, "iter_decode_with_external_reranker", False)
+    students = models[:-1] if reranks else models
+    if reranks and (len(models) < 2 or not is_autoregressive(models[-1])):
+        raise UserError(_TEACHER_LAST)
+    if reranks and beam < 2:
+        raise UserError(
+            "--iter-decode-with-external-reranker chooses among candidates: add"
+            " --iter-decode-with-beam 2 or more"
+        )
+    if any(type(student) is not type(models[0]) for student in students):
+        raise UserError(
+            "--path mixes kinds of models: give one parallel model, and a teacher last with"
+            " --iter-decode-with-external-reranker"
+        )
+    if len(students) > 1 and not hasattr(models[0], "enable_ensemble"):
+        raise UserError(f"{rules.name} does not decode as an ensemble: give one checkpoint")
+    if beam < 1 or (beam > 1 and not models[0].allow_length_beam):
+        raise UserError(
+            f"{rules.name} has no candidates of other lengths: drop --iter-decode-with-beam {beam}"
+        )
+    _check_passes(rules, getattr(args, "iter_decode_max_iter", 0))
+
+
+_TEACHER_LAST = (
+    "--iter-decode-with-external-reranker needs the autoregressive teacher's checkpoint last in"
+    " --path: --path student.pt:teacher.pt"
+)
+
+
+def _check_passes(rules: Rules, passes: int) -> None:
+    default = GenerationConfig.__dataclass_fields__["iter_decode_max_iter"].default
+    if rules.one_pass and passes not in (0, default):
+        raise UserError(f"{rules.name} decodes in one pass: drop --iter-decode-max-iter {passes}")

@@ -1,0 +1,198 @@
+"""``fairseq-vqem export`` through the command line, and its folder without fairseq."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from workshop import EXAMPLES, Outcome, Workshop
+
+pytest.importorskip("onnx", reason="needs pip install 'fairseq_vqem[export]'")
+pytest.importorskip("onnxruntime", reason="needs pip install 'fairseq_vqem[export]'")
+
+from fairseq_vqem import Translator
+from fairseq_vqem.cli import main
+from fairseq_vqem.corpora.sample import load_sample
+from fairseq_vqem.export.command import export
+from fairseq_vqem.export.standalone import (
+    StandaloneError,
+    StandaloneTranslator,
+    manifest_checksum,
+)
+
+# Runs a copy of standalone.py where some packages cannot be imported.
+WITHOUT = """
+import runpy, sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {missing!r}:
+            raise ImportError("hidden: " + name)
+sys.meta_path.insert(0, Missing())
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+PLUGIN = ("fairseq", "fairseq_vqem", "torch", "onnx")
+
+
+def export_words(made: Workshop, out: Path, *words: object, checkpoint: object = "") -> list[str]:
+    named = ("--checkpoint", checkpoint or made.student, "--data", made.data, "--out", out)
+    return ["export", *map(str, named), *map(str, words)]
+
+
+def standalone(program: Path, *words: object, stdin: str, missing: tuple[str, ...]) -> Outcome:
+    """Run a copy of standalone.py without the packages ``missing``."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT.format(missing=missing), str(program), *map(str, words)],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=program.parent,
+        timeout=300,
+        check=False,
+    )
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture(scope="module")
+def artefact(workshop: Workshop, student: Path) -> Path:
+    out = workshop.root / "exported"
+    words = export_words(workshop, out, "--latent-beam", 2, "--remove-repeats")
+    outcome = workshop.run("fairseq_vqem.cli", *words)
+    assert outcome.status == 0, outcome.text
+    assert "100.0% of the tokens" in outcome.output
+    return out
+
+
+@pytest.mark.parametrize("count", [1, 7, 33])
+def test_tokens_are_those_of_fairseq_generate(
+    workshop: Workshop, artefact: Path, count: int
+) -> None:
+    outcome = workshop.generate(count, "--latent-beam", 2, "--remove-repeats", "--batch-size", 5)
+    expected = outcome.hypotheses()
+    translator = StandaloneTranslator(artefact, threads=1)
+    sources = translator.encode(workshop.sources(count))
+    found = [translator.target.pieces(ids) for ids in translator.translate_ids(sources)]
+    assert {number: [pieces] for number, pieces in enumerate(found)} == expected
+
+
+def test_text_is_that_of_the_translator(workshop: Workshop, artefact: Path) -> None:
+    lines = [source for source, _ in load_sample()["test"] if len(source.split()) < 20]
+    lines = ["", *lines[:300], " \t", "snow ☃ unknown", *lines[300:550]]
+    options = {"latent_beam": 2, "remove_repeats": True}
+    expected = Translator.from_checkpoint(workshop.student, workshop.data, task_overrides=options)
+    found = StandaloneTranslator(artefact, threads=1).translate(lines)
+    assert len(found) > 500 and found == expected.translate(lines)
+
+
+def test_the_one_file_is_enough(workshop: Workshop, artefact: Path, tmp_path: Path) -> None:
+    program = tmp_path / "elsewhere" / "translate.py"
+    program.parent.mkdir()
+    shutil.copyfile(artefact / "standalone.py", program)
+    lines = workshop.sources(33)
+    text = "".join(f"{line}\n" for line in lines)
+    words = (artefact, "--threads", 1)
+    outcome = standalone(program, *words, stdin=text, missing=PLUGIN)
+    assert outcome.status == 0, outcome.text
+    assert outcome.output.split("\n")[:-1] == StandaloneTranslator(artefact, 1).translate(lines)
+    unfinished = standalone(program, *words, stdin=text.rstrip("\n"), missing=PLUGIN)
+    assert unfinished.output == outcome.output
+    assert standalone(program, *words, stdin="", missing=PLUGIN).output == ""
+    for package in ("onnxruntime", "sentencepiece"):
+        failed = standalone(program, *words, stdin=text, missing=(*PLUGIN, package))
+        assert failed.status == 1 and not failed.output
+        assert f"{package} is not installed: pip install {package}" in failed.errors
+        assert "Traceback" not in failed.errors
+
+
+def test_example(workshop: Workshop, artefact: Path) -> None:
+    program = EXAMPLES / "translate_exported.py"
+    done = subprocess.run(
+        [sys.executable, str(program), str(artefact)],
+        input="Opens the dialog.\n\n",
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    expected = StandaloneTranslator(artefact, 1).translate(["Opens the dialog.", ""])
+    assert done.stdout.split("\n") == [*expected, ""]
+
+
+def test_damage_is_noticed(artefact: Path, tmp_path: Path) -> None:
+    parts = [path.name for path in artefact.iterdir()]
+    assert len(parts) == 9
+    for name in parts:
+        for damage in ("flipped", "cut", "missing"):
+            copy = tmp_path / f"{name}-{damage}"
+            shutil.copytree(artefact, copy)
+            content = bytearray((copy / name).read_bytes())
+            content[len(content) // 2] ^= 1
+            if damage == "missing":
+                (copy / name).unlink()
+            else:
+                kept = content if damage == "flipped" else content[: len(content) // 2]
+                (copy / name).write_bytes(kept)
+            with pytest.raises(StandaloneError, match=r"damaged|lacks|no exported model"):
+                StandaloneTranslator(copy, threads=1)
+            shutil.rmtree(copy)
+    with pytest.raises(StandaloneError, match="is no exported model"):
+        StandaloneTranslator(tmp_path / "nowhere")
+
+
+def test_other_formats_are_refused(artefact: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "newer"
+    shutil.copytree(artefact, copy)
+    manifest = json.loads((copy / "manifest.json").read_text("utf-8"))
+    del manifest["checksum"]
+    manifest["version"] += 1
+    manifest["checksum"] = manifest_checksum(manifest)
+    (copy / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    with pytest.raises(StandaloneError, match="has format fairseq_vqem-export 2, but"):
+        StandaloneTranslator(copy)
+
+
+def test_eight_bits(workshop: Workshop, student: Path, tmp_path: Path) -> None:
+    translators = []
+    for weights in ("float32", "int8"):
+        export(student, workshop.data, tmp_path / weights, weights=weights)
+        translators.append(StandaloneTranslator(tmp_path / weights, threads=1))
+    sources = translators[0].encode(workshop.sources(33))
+    expected, found = (translator.translate_ids(sources) for translator in translators)
+    pairs = [
+        (a, b)
+        for own, other in zip(expected, found, strict=True)
+        for a, b in itertools.zip_longest(own, other)
+    ]
+    share = sum(a == b for a, b in pairs) / len(pairs)
+    print(f"int8 agrees on {share:.1%} of the tokens of a trained student")
+    assert share > 0.7
+    sizes = [(tmp_path / weights / "weights.bin").stat().st_size for weights in ("float32", "int8")]
+    assert sizes[1] < sizes[0]
+
+
+def test_refusals(
+    workshop: Workshop,
+    artefact: Path,
+    teacher: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def message(*words: object, out: Path = tmp_path / "out", checkpoint: object = "") -> str:
+        assert main(export_words(workshop, out, *words, checkpoint=checkpoint)) == 1
+        assert not (tmp_path / "out").exists()
+        return capsys.readouterr().err
+
+    assert f"{artefact} exists already" in message(out=artefact)
+    assert "Only vqem_transformer students can be exported" in message(checkpoint=teacher)
+    assert "does not exist" in message(checkpoint=tmp_path / "none.pt")
+    assert "--latent-length source" in message("--stop-at-pad-latent")
+    assert "A latent beam of 99 is impossible" in message("--latent-beam", 99)
+    both = f"{workshop.student}:{workshop.student}"
+    assert "An ensemble" in message(checkpoint=both)
