@@ -236,7 +236,7 @@ class GraphBuilder:
     def integer_product(
         self, x: str, name: str, integers: Any, scales: NDArray[np.float32], zero: Value
     ) -> str:
-        """``(x - zero) W`` in float32, where W is ``integers`` ``[K, N]`` times ``scales`` ``[N]``."""
+        """``(x - zero) W`` in float32; W is ``integers`` ``[K, N]`` times ``scales`` ``[N]``."""
         return self.op(
             "MatMulIntegerToFloat",
             x,
