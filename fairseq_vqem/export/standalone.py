@@ -292,7 +292,7 @@ class LatentSearch:
             ended |= newest == self.stop_code
         if self.fixed_length:
             ended |= self.codes.shape[1] >= self.limits
-        self.finished = finished | ended
+        self.finished = ended  # a finished beam ends again at each step
 
     def _choices(self) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Log-probabilities and codes ``[R, W + 1]`` of what may follow; the end, -1, is last."""

@@ -71,7 +71,7 @@ ROWS = ["teacher, beam 4", "teacher, greedy", "AR", "vqem", *RECIPE["variants"]]
 
 def compare(folder: Path) -> Outcome:
     recipe = folder / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(RECIPE), encoding="utf-8")
+    recipe.write_text(yaml.safe_dump(RECIPE, sort_keys=False), encoding="utf-8")
     words = ("compare", recipe, "--out", folder / "out")
     return Workshop(folder).run("fairseq_vqem.cli", *words)
 
