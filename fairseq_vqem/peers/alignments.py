@@ -79,7 +79,7 @@ def align(
                 sample["id"].tolist(), links_of_batch(translator, sample), strict=True
             ):
                 links[index] = found
-        _write(Path(out or data), split, translator.task, links)
+        write_alignments(Path(out or data), split, translator.task, links)
         unaligned = sum(
             len(found) < int(size) - 1 for found, size in zip(links, pairs.tgt_sizes, strict=True)
         )
@@ -194,8 +194,12 @@ def _batches(translator: Translator, pairs: Any, max_tokens: int) -> Iterator[li
         yield [readable[place] for place in batch]
 
 
-def _write(out: Path, split: str, task: Any, links: Sequence[Tensor]) -> None:
-    """Both files of one split, the index last, which makes them count."""
+def write_alignments(out: Path, split: str, task: Any, links: Sequence[Tensor]) -> None:
+    """Write the links ``[N, 2]`` of each sentence; the index comes last and makes them count.
+
+    Args:
+        task: names the languages.
+    """
     from fairseq.data.indexed_dataset import make_builder
 
     prefix = alignment_prefix(out, split, task.cfg.source_lang, task.cfg.target_lang)

@@ -193,7 +193,7 @@ def test_a_codebook_larger_than_the_data_reconstructs_it(data: Path, tmp_path: P
     small = prepare_few(folder, tmp_path / "few", 8)
     words = ("--arch", "vqem_image_small", "--bottleneck", "hard-em", "--batch-size", 8)
     words += ("--latents-per-position", 1, "--quantise-schedule", "0:1@100-101")
-    words += ("--lr", 0.002, "--max-update", 900, "--disable-validation")
+    words += ("--lr", 0.002, "--max-update", 900, "--save-interval", 900, "--disable-validation")
     fairseq_train(small, tmp_path / "run", *words)
     result, made = evaluate_checkpoint(tmp_path / "run" / "checkpoint_last.pt", small, "train")
     assert result.mse < 30.0, "a hundredth of the pictures' variance is 80 squared levels"

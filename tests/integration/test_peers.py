@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,13 @@ from fairseq_vqem.corpora.binarise import binarise
 from fairseq_vqem.corpora.sample import load_sample
 from fairseq_vqem.corpora.subwords import load_subwords, train_subwords
 from fairseq_vqem.errors import UserError
-from fairseq_vqem.peers.alignments import SPLITS, _write, align, alignment_prefix
+from fairseq_vqem.peers.alignments import (
+    SPLITS,
+    align,
+    alignment_prefix,
+    register,
+    write_alignments,
+)
 from fairseq_vqem.pipeline.training import parse_line
 
 MANY = max(SIZES)
@@ -90,7 +97,7 @@ def link_evenly(workshop: Workshop) -> None:
             source, target = (len(side) - 1 for side in pair)
             places = torch.arange(target)
             links.append(torch.stack([places * source // target, places], 1))
-        _write(workshop.data, split, task, links)
+        write_alignments(workshop.data, split, task, links)
 
 
 @pytest.fixture
@@ -164,11 +171,15 @@ def test_teacher_chooses_among_ten_candidates(
 
 
 def test_align_links_every_target_word_once(
-    workshop: Workshop, teacher: Path, tmp_path: Path
+    workshop: Workshop, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    reports = align(str(teacher), workshop.data, tmp_path, max_tokens=200)
-    whole = align(str(teacher), workshop.data, tmp_path / "whole", max_tokens=10**6)
-    assert reports == whole
+    parser = argparse.ArgumentParser()
+    register(parser.add_subparsers())
+    words = ["align", "--teacher", teacher, "--data", workshop.data, "--out", tmp_path]
+    arguments = parser.parse_args([*map(str, words), "--max-tokens", "200"])
+    assert arguments.run(arguments) == 0
+    assert "train: 320 sentences" in capsys.readouterr().out
+    reports = align(str(teacher), workshop.data, tmp_path / "whole", max_tokens=10**6)
     assert [(report.split, report.sentences) for report in reports] == [
         ("train", 320),
         ("valid", 24),
