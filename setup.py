@@ -35,7 +35,7 @@ setup(
             *("pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "scikit-learn>=1.4"),
             *("ruff", "mypy", "types-PyYAML"),
         ],
-        "export": ["onnx>=1.17", "onnxruntime>=1.20"],
+        "export": ["onnx>=1.23", "onnxruntime>=1.31"],
         "images": ["scikit-image>=0.22", "pillow>=10"],
         "bench": ["vector-quantize-pytorch>=1.20", "ctranslate2>=4"],
     },

@@ -16,7 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from fairseq_vqem.benchmark.signature import make_signature
-from fairseq_vqem.benchmark.tables import ResultRow, ResultTable, render_table, write_table
+from fairseq_vqem.benchmark.tables import (
+    ResultRow,
+    ResultTable,
+    latency_columns,
+    render_table,
+    write_table,
+)
 from fairseq_vqem.benchmark.timing import Seconds, measure, speedup, summarise
 from fairseq_vqem.benchmark.vq_steps import (
     FLOORS,
@@ -186,20 +192,12 @@ def result_rows(cell: Cell, *, seed: int) -> list[ResultRow]:
             rows.append(ResultRow(system=system, notes=f"skipped: {cell.skipped[name]}"))
             continue
         seconds = cell.seconds[name]
-        summary = summarise(seconds, seed=seed)
-        row = dict(
-            system=system,
-            latency_median_ms=summary.median_ms,
-            latency_ci_ms=summary.median_ci_ms,
-            latency_p90_ms=summary.p90_ms,
-            latency_mean_ms=summary.mean_ms,
-            latency_iqr_ms=summary.iqr_ms,
-            notes="; ".join(_notes(cell, name, summary.median_ms, seed)),
-        )
+        row = latency_columns(seconds, seed=seed)
+        row["notes"] = "; ".join(_notes(cell, name, row["latency_median_ms"], seed))
         if LIBRARY in cell.seconds and name != LIBRARY and name not in FLOORS:
             gain = speedup(cell.seconds[LIBRARY], seconds, seed=seed)
             row |= dict(speedup=gain.ratio, speedup_ci=gain.ci, baseline=LIBRARY)
-        rows.append(ResultRow(**row))  # type: ignore[arg-type]
+        rows.append(ResultRow(system, **row))
     return rows
 
 

@@ -26,7 +26,13 @@ from fairseq_vqem.benchmark.latency import choose_places
 from fairseq_vqem.benchmark.random_models import widen_vocabulary
 from fairseq_vqem.benchmark.signature import make_signature
 from fairseq_vqem.benchmark.splits import languages, read_split, read_tokens
-from fairseq_vqem.benchmark.tables import ResultRow, ResultTable, render_table, write_table
+from fairseq_vqem.benchmark.tables import (
+    ResultRow,
+    ResultTable,
+    latency_columns,
+    render_table,
+    write_table,
+)
 from fairseq_vqem.benchmark.timing import Seconds, measure, speedup, summarise
 from fairseq_vqem.corpora.subwords import load_subwords
 from fairseq_vqem.errors import UserError
@@ -208,13 +214,11 @@ def _row(
     by_length: Mapping[int, Mapping[str, Seconds]],
     seed: int,
 ) -> ResultRow:
-    summary = summarise(seconds[name], seed=seed)
     extra: dict[str, float | str] = {}
     for baseline in (AR_BEAM, CT2_BEAM):
         if baseline in seconds:
             gain = speedup(seconds[baseline], seconds[name], seed=seed)
-            text = f"{gain.ratio:.2f}× [{gain.ci[0]:.2f}, {gain.ci[1]:.2f}]"
-            extra[f"Speed-up over {baseline}"] = text
+            extra[f"Speed-up over {baseline}"] = str(gain)
     if rates:
         best = max(rates, key=lambda size: rates[size][name])
         extra[THROUGHPUT] = f"{rates[best][name]:.1f} ({best})"
@@ -224,11 +228,7 @@ def _row(
         extra["Ratio"] = medians[max(medians)] / medians[min(medians)]
     return ResultRow(
         system=name,
-        latency_median_ms=summary.median_ms,
-        latency_ci_ms=summary.median_ci_ms,
-        latency_p90_ms=summary.p90_ms,
-        latency_mean_ms=summary.mean_ms,
-        latency_iqr_ms=summary.iqr_ms,
+        **latency_columns(seconds[name], seed=seed),
         parameters=contender.parameters,
         extra=extra,
     )

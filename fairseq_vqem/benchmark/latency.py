@@ -15,14 +15,14 @@ from typing import Any
 
 from fairseq_vqem.benchmark.engines import Engine, load_engine, synchroniser
 from fairseq_vqem.benchmark.signature import make_signature
-from fairseq_vqem.benchmark.tables import ResultRow, ResultTable, render_table, write_table
-from fairseq_vqem.benchmark.timing import (
-    Seconds,
-    measure,
-    medians_by_length,
-    speedup,
-    summarise,
+from fairseq_vqem.benchmark.tables import (
+    ResultRow,
+    ResultTable,
+    latency_columns,
+    render_table,
+    write_table,
 )
+from fairseq_vqem.benchmark.timing import Seconds, measure, medians_by_length, speedup
 from fairseq_vqem.corpora.files import read_lines
 from fairseq_vqem.corpora.subwords import load_subwords
 from fairseq_vqem.errors import UserError
@@ -115,16 +115,11 @@ def result_rows(
     """Summarise timings of shape [repeats, sentences] per system."""
     rows = []
     for name, timing in seconds.items():
-        summary = summarise(timing, seed=seed)
         gain = speedup(seconds[baseline], timing, seed=seed)
         rows.append(
             ResultRow(
                 system=name,
-                latency_median_ms=summary.median_ms,
-                latency_ci_ms=summary.median_ci_ms,
-                latency_p90_ms=summary.p90_ms,
-                latency_mean_ms=summary.mean_ms,
-                latency_iqr_ms=summary.iqr_ms,
+                **latency_columns(timing, seed=seed),
                 speedup=gain.ratio,
                 speedup_ci=gain.ci,
                 baseline=baseline,

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fairseq_vqem.benchmark.signature import SIGNATURE_KEY, Signature, read_result, write_result
+from fairseq_vqem.benchmark.timing import Seconds, summarise
 from fairseq_vqem.corpora.files import replacing
 from fairseq_vqem.errors import UserError
 
@@ -54,6 +55,18 @@ class ResultRow:
     notes: str | None = None
     extra: Mapping[str, float | str] | None = None
     """Further columns by their headings."""
+
+
+def latency_columns(seconds: Seconds, *, seed: int) -> dict[str, Any]:
+    """The columns of `ResultRow` that describe timings of shape [repeats, sentences]."""
+    summary = summarise(seconds, seed=seed)
+    return dict(
+        latency_median_ms=summary.median_ms,
+        latency_ci_ms=summary.median_ci_ms,
+        latency_p90_ms=summary.p90_ms,
+        latency_mean_ms=summary.mean_ms,
+        latency_iqr_ms=summary.iqr_ms,
+    )
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,9 @@ class Speedup:
     ratio: float
     ci: tuple[float, float]
 
+    def __str__(self) -> str:
+        return f"{self.ratio:.2f}× [{self.ci[0]:.2f}, {self.ci[1]:.2f}]"
+
 
 def measure(
     systems: Mapping[str, Callable[[int], object]],

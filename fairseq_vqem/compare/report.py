@@ -13,8 +13,8 @@ from fairseq_vqem.analysis.usage import code_counts
 from fairseq_vqem.benchmark.engines import Engine
 from fairseq_vqem.benchmark.scoring import PairedScore, Scores, paired_bootstrap, score
 from fairseq_vqem.benchmark.signature import make_signature
-from fairseq_vqem.benchmark.tables import ResultRow, ResultTable, write_table
-from fairseq_vqem.benchmark.timing import medians_by_length, speedup, summarise
+from fairseq_vqem.benchmark.tables import ResultRow, ResultTable, latency_columns, write_table
+from fairseq_vqem.benchmark.timing import medians_by_length, speedup
 from fairseq_vqem.compare.settings import Settings
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.pipeline.report import training_summary
@@ -100,7 +100,6 @@ def _row(
 ) -> ResultRow:
     seed, system = findings.run.recipe.seed, findings.systems[name]
     seconds = findings.seconds(name)
-    summary = summarise(seconds, seed=seed)
     throughput = findings.timings["throughput"][name]
     cost = training[system.model]
     extra: dict[str, float | str] = {DATA: system.data, P_VALUE: _p_value(paired.bleu_p)}
@@ -108,8 +107,7 @@ def _row(
         extra[COMET] = comet
     for baseline in findings.settings.baselines:
         gain = speedup(findings.seconds(baseline), seconds, seed=seed)
-        text = f"{gain.ratio:.2f}× [{gain.ci[0]:.2f}, {gain.ci[1]:.2f}]"
-        extra[_speedup_heading(baseline)] = text
+        extra[_speedup_heading(baseline)] = str(gain)
     extra[THROUGHPUT] = f"{throughput['best']:.1f} ({throughput['best_batch_size']})"
     extra[TRAINING] = _whole(cost.get("target_tokens_per_second"))
     extra[MEMORY] = _whole(cost.get("peak_memory_mib"))
@@ -119,11 +117,7 @@ def _row(
         bleu_ci=scores.bleu_ci,
         chrf=scores.chrf,
         chrf_ci=scores.chrf_ci,
-        latency_median_ms=summary.median_ms,
-        latency_ci_ms=summary.median_ci_ms,
-        latency_p90_ms=summary.p90_ms,
-        latency_mean_ms=summary.mean_ms,
-        latency_iqr_ms=summary.iqr_ms,
+        **latency_columns(seconds, seed=seed),
         parameters=findings.engines[name].parameters,
         extra=extra,
     )

@@ -179,7 +179,7 @@ MISTAKES = {
     "missing data": (missing_data, "absent"),
     "missing data at generate": (missing_data_at_generate, "absent"),
     "missing split": (generate("--gen-subset", "nowhere"), "nowhere"),
-    "missing recipe": (vqem("run", "/absent.yaml", "--out", "/tmp/none"), "/absent.yaml"),
+    "missing recipe": (vqem("run", "/absent.yaml", "--out", "/absent"), "/absent.yaml"),
     "unknown key in recipe": (recipe_with_unknown_key, "typo"),
     "recipe that is a list": (recipe_that_is_a_list, "recipe.yaml"),
 }
