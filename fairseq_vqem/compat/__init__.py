@@ -23,6 +23,7 @@ from fairseq_vqem.compat.generation import (
     honour_sacrebleu_flag,
     mend_rerank,
     rerank,
+    score_empty_validation,
     synchronise_generation_timer,
 )
 from fairseq_vqem.compat.messages import (
@@ -53,6 +54,7 @@ __all__ = [
     "refuse_missing_restore_file",
     "rerank",
     "restart_failed_saves",
+    "score_empty_validation",
     "silence_known_warnings",
     "synchronise_generation_timer",
 ]
@@ -67,6 +69,7 @@ def apply() -> None:
     mend_rerank()
     synchronise_generation_timer()
     honour_sacrebleu_flag()
+    score_empty_validation()
     explain_bad_checkpoints()
     refuse_missing_restore_file()
     copy_checkpoints_atomically()

@@ -9,6 +9,7 @@ import torch
 from fairseq import iterative_refinement_generator
 from fairseq.logging import meters
 from fairseq.scoring.bleu import SacrebleuConfig
+from fairseq.tasks.translation import TranslationTask
 from fairseq_cli import generate as generate_cli
 
 from fairseq_vqem.compat.patching import patch
@@ -105,6 +106,28 @@ def honour_sacrebleu_flag() -> None:
 
     for module in _generate_modules():
         patch(module, "_main", build)
+
+
+def score_empty_validation() -> None:
+    """Training ends with KeyError: 'bleu' where every translation of a validation is empty.
+
+    fairseq logs BLEU only if there is any n-gram, and leaves the references of a batch without any
+    out of the brevity penalty. A total that is next to nothing makes it count the batch.
+    """
+
+    def build(reduce: Callable[..., Any]) -> Callable[..., Any]:
+        def reduce_metrics(self: Any, logs: list[dict[str, Any]], criterion: Any) -> None:
+            if self.cfg.eval_bleu and not any(log.get("_bleu_totals_0") for log in logs):
+                logs = [*logs, {"_bleu_totals_0": 1e-9}] if _scored(logs) else logs
+            reduce(self, logs, criterion)
+
+        return reduce_metrics
+
+    patch(TranslationTask, "reduce_metrics", build)
+
+
+def _scored(logs: Iterable[dict[str, Any]]) -> bool:
+    return any("_bleu_sys_len" in log for log in logs)
 
 
 def _score_with_sacrebleu(cfg: Any) -> None:

@@ -28,7 +28,7 @@ KINDS = {
     "hard-em": (),
     "gradient-vq": (),
     "gumbel": ("--gumbel-temperature", "1:0.2@400", "--gumbel-noise", "0:0.3@100-200"),
-    "semhash": ("--semhash-discrete", "0:1@100-300"),
+    "semhash": ("--semhash-discrete", "0:1@100-300", "--lr-half-life", 400, "--max-update", 1000),
     "gm-vq": ("--gumbel-temperature", "1:0.2@400", "--gumbel-noise", "0:0.3@100-200"),
 }
 

@@ -1,5 +1,6 @@
 """Work-arounds for generation: the defect without them, and its absence with them."""
 
+import math
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -7,9 +8,11 @@ from unittest import mock
 import pytest
 import torch
 from fairseq import iterative_refinement_generator, scoring
+from fairseq.criterions import FairseqCriterion
 from fairseq.data import Dictionary
-from fairseq.logging import meters
+from fairseq.logging import meters, metrics
 from fairseq.models.transformer import TransformerModelBase
+from fairseq.tasks.translation import TranslationTask
 from fairseq_cli import generate as generate_cli
 from omegaconf import OmegaConf
 from teacher_helpers import tiny_teacher
@@ -106,3 +109,32 @@ def test_the_sacrebleu_flag_and_other_scorers() -> None:
     assert "BLEU = 100.00" in scorer.result_string()
     with pytest.raises(UserError, match="--sacrebleu contradicts --scoring chrf"):
         compat.generation._score_with_sacrebleu(scoring_config("chrf"))
+
+
+def validation_bleu(reduce: Any, *batches: tuple[int, int, int]) -> float | None:
+    """BLEU of batches of (matching unigrams, unigrams, reference words) in a validation."""
+    task = TranslationTask.__new__(TranslationTask)
+    task.cfg = SimpleNamespace(eval_bleu=True)
+    criterion = mock.Mock(spec=FairseqCriterion)
+    with metrics.aggregate() as aggregate:
+        for matches, words, reference_words in batches:
+            log = {"_bleu_sys_len": words, "_bleu_ref_len": reference_words}
+            for order in range(4):
+                log[f"_bleu_counts_{order}"] = max(0, matches - order)
+                log[f"_bleu_totals_{order}"] = max(0, words - order)
+            with mock.patch.object(FairseqCriterion, "reduce_metrics"):
+                reduce(task, [log | {"ntokens": 1, "nsentences": 1}], criterion)
+    return aggregate.get_smoothed_values().get("bleu")
+
+
+def test_a_validation_of_empty_translations_has_bleu_0() -> None:
+    fairseqs, ours = compat.original(TranslationTask.reduce_metrics), TranslationTask.reduce_metrics
+    assert validation_bleu(fairseqs, (0, 0, 9), (0, 0, 5)) is None
+    assert validation_bleu(ours, (0, 0, 9), (0, 0, 5)) == 0.0
+
+
+def test_a_batch_of_empty_translations_counts_in_the_brevity_penalty() -> None:
+    fairseqs, ours = compat.original(TranslationTask.reduce_metrics), TranslationTask.reduce_metrics
+    assert validation_bleu(fairseqs, (10, 10, 10), (0, 0, 10)) == 100.0
+    assert validation_bleu(ours, (10, 10, 10), (0, 0, 10)) == pytest.approx(100 / math.e, abs=0.01)
+    assert validation_bleu(ours, (10, 10, 10)) == 100.0
