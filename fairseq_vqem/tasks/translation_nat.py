@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from fairseq import utils
-from fairseq.data import indexed_dataset
+from fairseq.data import LanguagePairDataset, indexed_dataset
 from fairseq.tasks import register_task
 from fairseq.tasks.fairseq_task import FairseqTask
 from fairseq.tasks.translation import TranslationTask, load_langpair_dataset
@@ -95,6 +95,17 @@ class TranslationNATTask(TranslationLevenshteinTask):
             shuffle=(split != "test"),
             pad_to_multiple=cfg.required_seq_len_multiple,
         )
+
+    def build_dataset_for_inference(
+        self, src_tokens: list[Tensor], src_lengths: list[int], constraints: Any = None
+    ) -> LanguagePairDataset:
+        """As fairseq, but padded on the side that the model was trained with.
+
+        fairseq always pads left, where ``--src-embedding-copy`` copies the padding.
+        """
+        dataset = super().build_dataset_for_inference(src_tokens, src_lengths, constraints)
+        dataset.left_pad_source = self.cfg.left_pad_source
+        return dataset
 
     # ------------------------------------------------------------------ building
 

@@ -38,9 +38,13 @@ FAIRSEQ = (
     *("--encoder-layers", "1", "--decoder-layers", "1"),
     *("--encoder-attention-heads", "2", "--decoder-attention-heads", "2"),
 )
+RIGHT_PADDING = "--left-pad-source"  # fairseq's switch turns left padding off
 LENGTHS = ("--pred-length-offset", "--length-loss-factor", "0.1")
 MODELS = {
-    "nonautoregressive_transformer": (*FAIRSEQ, *LENGTHS, "--noise", "full_mask"),
+    "nonautoregressive_transformer": (
+        *(*FAIRSEQ, *LENGTHS, "--noise", "full_mask"),
+        *("--src-embedding-copy", RIGHT_PADDING),
+    ),
     "cmlm_transformer": (*FAIRSEQ, *LENGTHS, "--noise", "random_mask"),
     "levenshtein_transformer": (*FAIRSEQ, "--noise", "random_delete"),
     "ctc_nat_tiny": (
@@ -106,8 +110,13 @@ def generated(
 ) -> Generate:
     """fairseq-generate's own entry point on the largest test set; its hypotheses in order."""
 
-    def run(path: object, *words: object) -> list[str]:
+    def run(path: str | Path, *words: object) -> list[str]:
         words = ("--gen-subset", workshop.subset(MANY), *TASK, "--num-workers", 0, *words)
+        words += (
+            (RIGHT_PADDING,)
+            if RIGHT_PADDING in MODELS[Path(str(path).split(":")[0]).parent.name]
+            else ()
+        )
         argv = ["fairseq-generate", *workshop.generate_words(*words, path=path)]
         monkeypatch.setattr(sys, "argv", argv)
         capsys.readouterr()

@@ -74,6 +74,16 @@ def test_source_copy_needs_right_padding() -> None:
     make_task(noise="full_mask", left_pad_source=False).build_generator([model], Namespace())
 
 
+@pytest.mark.parametrize("left", [True, False])
+def test_inference_pads_as_training_does(left: bool) -> None:
+    task = make_task(left_pad_source=left)
+    dataset = task.build_dataset_for_inference(
+        [torch.tensor([5, 6, 7, 2]), torch.tensor([8, 2])], [4, 2]
+    )
+    short = dataset.collater([dataset[0], dataset[1]])["net_input"]["src_tokens"][1].tolist()
+    assert short == ([1, 1, 0, 8, 2] if left else [0, 8, 2, 1, 1])
+
+
 @pytest.mark.parametrize("kind", [*RIGHT_NOISE, "ctc_nat", "fertility_nat"])
 def test_each_model_has_one_loss(kind: str) -> None:
     task = make_task()
