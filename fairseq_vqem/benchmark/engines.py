@@ -8,9 +8,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fairseq_vqem.corpora.subwords import load_subwords
-from fairseq_vqem.errors import UserError
+from fairseq_vqem.errors import UserError, need_packages
 
-ENGINES = ("fairseq", "ctranslate2", "exported")
+PACKAGES: dict[str, tuple[str, ...]] = {
+    "fairseq": (),
+    "ctranslate2": ("ctranslate2",),
+    "exported": ("onnx", "onnxruntime"),
+}
+"""What must be installed for each engine."""
 COMPUTE_TYPES = ("float32", "int8", "int16", "bfloat16", "float16", "int8_float32")
 
 
@@ -99,7 +104,8 @@ class CTranslate2Engine:
         device: str = "cpu",
         threads: int = 1,
     ) -> None:
-        ctranslate2 = _import_ctranslate2()
+        import ctranslate2
+
         known = dict(options)
         compute_type = known.pop("compute_type", "float32")
         self.beam = int(known.pop("beam", 5))
@@ -145,6 +151,15 @@ class CTranslate2Engine:
         return self.subwords.decode(" ".join(output))
 
 
+def check_engine(name: str, device: str) -> None:
+    """Raise UserError if there is no such engine, or not on ``device``, or it is not installed."""
+    if name not in PACKAGES:
+        raise UserError(f"there is no engine {name!r}: choose from {', '.join(PACKAGES)}")
+    if name == "exported" and device != "cpu":
+        raise UserError("the engine exported runs on the CPU only: leave such rows out")
+    need_packages(f"the engine {name}", *PACKAGES[name])
+
+
 def load_engine(
     checkpoint: str,
     data: Path,
@@ -161,8 +176,7 @@ def load_engine(
     """
     rest = dict(options)
     name = rest.pop("engine", "fairseq")
-    if name not in ENGINES:
-        raise UserError(f"there is no engine {name!r}: choose from {', '.join(ENGINES)}")
+    check_engine(name, device)
     if name == "fairseq":
         return FairseqEngine(checkpoint, data, rest, device, dtype)
     if dtype != "float32":
@@ -209,16 +223,6 @@ def synchroniser(device: str) -> Callable[[], object]:
     import torch
 
     return lambda: torch.cuda.synchronize(torch.device(device))
-
-
-def _import_ctranslate2() -> Any:
-    try:
-        import ctranslate2
-    except ImportError as error:
-        raise UserError(
-            "the engine ctranslate2 needs the package of that name: pip install ctranslate2"
-        ) from error
-    return ctranslate2
 
 
 def _convert(ctranslate2: Any, checkpoint: str, data: Path, folder: str) -> None:

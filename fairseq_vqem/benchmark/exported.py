@@ -33,8 +33,6 @@ class ExportedEngine:
     ) -> None:
         from fairseq_vqem.generation.api import Translator
 
-        if device != "cpu":
-            raise UserError("the engine exported runs on the CPU only: leave such rows out")
         task_options = dict(options)
         weights = task_options.pop("weights", "float32")
         self.parameters = Translator.from_checkpoint(checkpoint, data).parameters

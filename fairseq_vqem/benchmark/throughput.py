@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fairseq_vqem.benchmark.engines import Engine, length_batches, synchroniser
-from fairseq_vqem.benchmark.timing import measure
+from fairseq_vqem.benchmark.timing import Seconds, measure
 
 
 @dataclass(frozen=True)
@@ -24,40 +24,38 @@ class Throughput:
     """Slowest and fastest repeat at the best batch size."""
 
 
-def time_throughput(
+def time_batches(
     engines: Mapping[str, Engine],
     sentences: Sequence[str],
-    batch_sizes: Sequence[int],
+    size: int,
     *,
     repeats: int,
     device: str = "cpu",
-) -> dict[str, Throughput]:
-    """Translate all ``sentences`` at each batch size, the engines taking turns.
+) -> dict[str, Seconds]:
+    """Translate all ``sentences`` in batches of ``size``, the engines taking turns.
 
     Sentences of similar length share a batch. Encoding and decoding of text are outside the clock;
-    every engine translates the whole set once at each size before it is timed.
+    every engine translates the whole set once before it is timed.
+
+    Returns:
+        Seconds for the whole set, of shape [repeats], by engine.
     """
-    seconds: dict[str, dict[int, np.ndarray]] = {name: {} for name in engines}
-    for size in batch_sizes:
-        places = length_batches(sentences, size)
-        passes = {
-            name: _whole_set(
-                engine, [engine.encode([sentences[i] for i in batch]) for batch in places]
-            )
-            for name, engine in engines.items()
-        }
-        timings = measure(passes, 1, repeats=repeats, burn_in=1, synchronise=synchroniser(device))
-        for name, timing in timings.items():
-            seconds[name][size] = timing[:, 0]
-    count = sum(1 for sentence in sentences if sentence.strip())
-    return {name: summarise_throughput(timings, count) for name, timings in seconds.items()}
+    places = length_batches(sentences, size)
+    passes = {
+        name: _whole_set(engine, [engine.encode([sentences[i] for i in batch]) for batch in places])
+        for name, engine in engines.items()
+    }
+    timings = measure(passes, 1, repeats=repeats, burn_in=1, synchronise=synchroniser(device))
+    return {name: timing[:, 0] for name, timing in timings.items()}
 
 
-def summarise_throughput(seconds: Mapping[int, np.ndarray], sentences: int) -> Throughput:
+def summarise_throughput(
+    seconds: Mapping[int, Sequence[float] | Seconds], sentences: int
+) -> Throughput:
     """Rates from the seconds, of shape [repeats], that ``sentences`` took at each batch size."""
     medians = {size: sentences / float(np.median(times)) for size, times in seconds.items()}
     best = max(medians, key=lambda size: medians[size])
-    slowest, fastest = float(seconds[best].max()), float(seconds[best].min())
+    slowest, fastest = float(np.max(seconds[best])), float(np.min(seconds[best]))
     return Throughput(medians, best, medians[best], (sentences / slowest, sentences / fastest))
 
 

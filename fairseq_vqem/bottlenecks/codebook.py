@@ -144,9 +144,10 @@ class EMACodebook(Float32Buffers):
         """Forget what was gathered since the last ``commit``."""
         self._pending_observations = []
         self._pending_rows = []
-        self._has_pending_hits = False
-        self.pending_counts.zero_()
-        self.pending_sums.zero_()
+        if self._has_pending_hits:
+            self._has_pending_hits = False
+            self.pending_counts.zero_()
+            self.pending_sums.zero_()
 
     def _maximise(self) -> None:
         if self.remembers and self.remembered.size(0):

@@ -11,25 +11,26 @@ from fairseq_vqem.errors import UserError
 SAME_OUTPUTS = 0.95
 
 
-def check_no_leak(raw: Path, source: str, target: str) -> None:
-    """No pair of the test set, and no source sentence of it, may have been learned from.
+def check_no_leak(raw: Path, source: str) -> None:
+    """No source sentence of the test set may have been learned from or chosen by.
 
     Args:
-        raw: folder of ``train.LANG`` and ``test.LANG``.
+        raw: folder of ``train.LANG``, ``valid.LANG`` and ``test.LANG``.
 
     Raises:
-        UserError: a test sentence is in the training data.
+        UserError: a test sentence is, but for spaces, in the training or the validation data.
     """
-    test = {line: number for number, line in enumerate(read_lines(raw / f"test.{source}"), 1)}
-    shared = sorted(
-        (test[line], line) for line in set(read_lines(raw / f"train.{source}")) if line in test
-    )
+    lines = {split: _sentences(raw / f"{split}.{source}") for split in ("train", "valid", "test")}
+    shared = sorted({*lines["train"], *lines["valid"]} & {*lines["test"]})
     if shared:
-        number, line = shared[0]
         raise UserError(
-            f"{len(shared)} of {len(test)} test sentences are in the training data (first: line"
-            f" {number} of test.{source}, {line!r}): the scores would be worthless; split anew"
+            f"{len(shared)} sentences of test.{source} are in the training or validation data"
+            f" (one is {shared[0]!r}): the scores would be worthless; split anew"
         )
+
+
+def _sentences(path: Path) -> list[str]:
+    return [" ".join(line.split()) for line in read_lines(path) if line.strip()]
 
 
 def check_complete(name: str, hypotheses: Sequence[str], sources: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from fairseq_vqem.benchmark.engines import Engine, load_engine, translate_all
 from fairseq_vqem.benchmark.latency import choose_places, source_lengths, time_engines
 from fairseq_vqem.benchmark.signature import make_signature
-from fairseq_vqem.benchmark.throughput import time_throughput
+from fairseq_vqem.benchmark.throughput import time_batches
 from fairseq_vqem.compare.fairness import check_complete
 from fairseq_vqem.compare.settings import Settings
 from fairseq_vqem.corpora.files import file_sha256, read_json, write_json
@@ -65,16 +65,51 @@ def time_rows(
 
     Returns:
         ``places`` (which sentences were timed), ``source_tokens`` of each, and by system
-        ``seconds`` ([repeats, sentences]), ``translations`` and ``throughput``; ``signature`` says
-        how they were made, perhaps by an earlier call.
+        ``seconds`` ([repeats, sentences]) and ``translations``; ``throughput`` has for each batch
+        size the seconds ([repeats]) by system; ``signature`` says how they were made, perhaps by
+        an earlier call.
     """
     path = run.out / "compare" / "timings.json"
-    identity = {name: _identity(system) for name, system in systems.items()}
-    options = {**run.recipe.latency, **asdict(settings)}
-    wanted = _plain({"systems": identity, "options": options})
+    wanted = _conditions(run, systems, settings)
     kept = read_json(path) if path.is_file() else {}
-    if kept.get("of") == wanted:
-        return dict(kept)
+    if kept.get("of") != wanted:
+        kept = {"of": wanted, **_time_sentences(run, engines, sources)}
+        write_json(path, kept)
+    kept.setdefault("throughput", {})
+    for size in settings.batch_sizes:
+        if str(size) not in kept["throughput"]:
+            print(f"timing all systems in batches of {size}", flush=True)
+            timings = time_batches(
+                engines,
+                sources,
+                size,
+                repeats=settings.throughput_repeats,
+                device=run.device,
+            )
+            kept["throughput"][str(size)] = {n: each.tolist() for n, each in timings.items()}
+            write_json(path, kept)
+    return dict(kept)
+
+
+def _conditions(run: Run, systems: Mapping[str, System], settings: Settings) -> dict[str, Any]:
+    """What kept timings must have been made with to be used again."""
+    import torch
+
+    found: dict[str, Any] = _plain(
+        {
+            "systems": {name: _identity(system) for name, system in systems.items()},
+            "latency": run.recipe.latency,
+            "throughput_repeats": settings.throughput_repeats,
+            "device": run.device,
+            "threads": torch.get_num_threads(),
+        }
+    )
+    return found
+
+
+def _time_sentences(
+    run: Run, engines: Mapping[str, Engine], sources: Sequence[str]
+) -> dict[str, Any]:
     print("timing all systems, sentence by sentence", flush=True)
     places = choose_places(sources, int(run.recipe.latency.get("sentences", 200)))
     chosen = [sources[place] for place in places]
@@ -86,26 +121,14 @@ def time_rows(
         burn_in=int(run.recipe.latency.get("burn_in", BURN_IN)),
         device=run.device,
     )
-    print("timing all systems, batch by batch", flush=True)
-    throughput = time_throughput(
-        engines,
-        sources,
-        settings.batch_sizes,
-        repeats=settings.throughput_repeats,
-        device=run.device,
-    )
     signature = make_signature(data=run.data, seed=run.recipe.seed, device=run.device)
-    kept = {
-        "of": wanted,
+    return {
         "signature": asdict(signature),
         "places": places,
         "source_tokens": source_lengths(run.data, chosen),
         "seconds": {name: timing.tolist() for name, timing in seconds.items()},
         "translations": texts,
-        "throughput": {name: asdict(each) for name, each in throughput.items()},
     }
-    write_json(path, kept)
-    return kept
 
 
 def file_name(system: str) -> str:

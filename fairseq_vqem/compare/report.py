@@ -14,6 +14,7 @@ from fairseq_vqem.benchmark.engines import Engine
 from fairseq_vqem.benchmark.scoring import PairedScore, Scores, paired_bootstrap, score
 from fairseq_vqem.benchmark.signature import make_signature
 from fairseq_vqem.benchmark.tables import ResultRow, ResultTable, latency_columns, write_table
+from fairseq_vqem.benchmark.throughput import Throughput, summarise_throughput
 from fairseq_vqem.benchmark.timing import medians_by_length, speedup
 from fairseq_vqem.compare.settings import Settings
 from fairseq_vqem.errors import UserError
@@ -22,7 +23,6 @@ from fairseq_vqem.pipeline.stages import TEACHER, VQEM_TASK, Run, System
 
 DATA, P_VALUE, COMET = "Targets", "p", "COMET"
 THROUGHPUT, TRAINING, MEMORY = "Sentences/s (batch)", "Training (tokens/s)", "Training memory (MiB)"
-P_LIMIT = 0.0005
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,13 @@ class Findings:
     def seconds(self, system: str) -> np.ndarray:
         """Timings of shape [repeats, sentences]."""
         return np.asarray(self.timings["seconds"][system])
+
+    def throughput(self, system: str) -> Throughput:
+        """Sentences per second on the whole test set."""
+        timings = self.timings["throughput"]
+        seconds = {size: timings[str(size)][system] for size in self.settings.batch_sizes}
+        sentences = sum(1 for source in self.sources if source.strip())
+        return summarise_throughput(seconds, sentences)
 
 
 def make_table(findings: Findings) -> tuple[ResultTable, dict[str, Any]]:
@@ -66,7 +73,7 @@ def make_table(findings: Findings) -> tuple[ResultTable, dict[str, Any]]:
     details = {
         "paired_bootstrap": {"against": settings.reference, "scores": _dicts(paired.values())},
         "latency_by_source_length": medians_by_length(seconds, findings.timings["source_tokens"]),
-        "throughput": findings.timings["throughput"],
+        "throughput": {name: asdict(findings.throughput(name)) for name in findings.systems},
         "timings_signature": findings.timings["signature"],
         "same_output_timed_and_scored": dict(findings.same_outputs),
         "training": training,
@@ -100,7 +107,7 @@ def _row(
 ) -> ResultRow:
     seed, system = findings.run.recipe.seed, findings.systems[name]
     seconds = findings.seconds(name)
-    throughput = findings.timings["throughput"][name]
+    throughput = findings.throughput(name)
     cost = training[system.model]
     extra: dict[str, float | str] = {DATA: system.data, P_VALUE: _p_value(paired.bleu_p)}
     if comet is not None:
@@ -108,7 +115,7 @@ def _row(
     for baseline in findings.settings.baselines:
         gain = speedup(findings.seconds(baseline), seconds, seed=seed)
         extra[_speedup_heading(baseline)] = str(gain)
-    extra[THROUGHPUT] = f"{throughput['best']:.1f} ({throughput['best_batch_size']})"
+    extra[THROUGHPUT] = f"{throughput.best:.1f} ({throughput.best_batch_size})"
     extra[TRAINING] = _whole(cost.get("target_tokens_per_second"))
     extra[MEMORY] = _whole(cost.get("peak_memory_mib"))
     return ResultRow(
@@ -176,7 +183,7 @@ def _speedup_heading(baseline: str) -> str:
 def _p_value(value: float | None) -> str:
     if value is None:
         return "baseline"
-    return "< 0.001" if value < P_LIMIT else f"{value:.3f}"
+    return f"{value:.3f}"
 
 
 def _whole(value: float | None) -> str:

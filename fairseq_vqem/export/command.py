@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fairseq_vqem.errors import UserError
+from fairseq_vqem.errors import UserError, need_packages
 
 if TYPE_CHECKING:
     from fairseq_vqem.export.standalone import Options
     from fairseq_vqem.generation.api import Translator
 
 WEIGHTS = ("float32", "int8")
-PACKAGES = ("onnx", "onnxruntime")
 CHECKED_SENTENCES = 16
 LONGEST_CHECKED = 24
 SMALLEST_AGREEMENT = 0.9
@@ -97,11 +95,7 @@ def export(
         UserError: a package is missing, ``out`` exists, the checkpoint cannot be loaded, or it or
             its decoding options cannot be exported.
     """
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(
-            f"Exporting needs {' and '.join(missing)}: pip install 'fairseq_vqem[export]'."
-        )
+    need_packages("exporting", "onnx", "onnxruntime")
     if out.exists():
         raise UserError(f"{out} exists already; delete it or give another --out.")
     from fairseq_vqem.export.artefact import write_artefact

@@ -195,6 +195,7 @@ class StandaloneTranslator:
         encoded = self.graphs["encode"]({"tokens": tensor(tokens)})
         search = LatentSearch(self.graphs["step"], encoded, self.options, lengths, forced)
         codes = search.run()
+        codes = codes[:, : max(1, (codes >= 0).sum(1).max())]
         decodable = codes.copy()
         decodable[:, 0] = np.maximum(codes[:, 0], 0)  # attention over nothing is undefined
         words = self.graphs["decode"]({**encoded, "codes": tensor(decodable)})["words"].numpy()
@@ -243,7 +244,8 @@ class LatentSearch:
     ) -> None:
         self.graph, self.options = step, options
         self.width, self.batch = options.latent_beam, len(lengths)
-        self.fixed_length = options.fixed_length or forced is not None
+        self.fixed_length = options.fixed_length
+        self.least = forced or 1
         self.stop_code = options.stop_code if forced is None else None
         limits = [forced or options.most_codes(length) for length in lengths]
         rows = self.batch * self.width
@@ -298,7 +300,7 @@ class LatentSearch:
         """Log-probabilities and codes ``[R, W + 1]`` of what may follow; the end, -1, is last."""
         ends, gains, codes = self._step()
         position = self.codes.shape[1]
-        if self.fixed_length or position == 0:
+        if self.fixed_length or position < self.least:
             ends = np.full_like(ends, IMPOSSIBLE)
         elif self.options.marginal_end:
             is_end = ends > math.log(0.5)

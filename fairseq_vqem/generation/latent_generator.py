@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.generation.latent_search import search_latents
+from fairseq_vqem.generation.parts import in_parts
 from fairseq_vqem.generation.records import LatentHypothesis, LatentSearchOptions
 from fairseq_vqem.models.vqem_transformer import VQEMTransformer
 
@@ -87,9 +88,16 @@ class LatentGenerator(IterativeRefinementGenerator):
             )
         for model in models:
             model.eval()
+        found: list[list[dict[str, Any]]] = []
+        for src_tokens, src_lengths in in_parts(sample, self.search.candidates):
+            found += self.generate_part(models, src_tokens, src_lengths)
+        return found
+
+    def generate_part(
+        self, models: Sequence[Any], src_tokens: Tensor, src_lengths: Tensor
+    ) -> list[list[dict[str, Any]]]:
+        """`generate` for sources ``[B, S]`` whose candidates all fit into one batch."""
         students = self.students(models)
-        src_tokens = sample["net_input"]["src_tokens"]
-        src_lengths = sample["net_input"]["src_lengths"]
         encoder_outs = [m.encoder(src_tokens, src_lengths=src_lengths) for m in students]
         latent = search_latents(students, encoder_outs, src_lengths, self.search)
         candidates = latent.codes.size(1)
@@ -112,7 +120,7 @@ class LatentGenerator(IterativeRefinementGenerator):
         encoder_outs: Sequence[Any],
     ) -> list[dict[str, Any]]:
         """One hypothesis for each of the B·C code sequences, decoded in one batch."""
-        codes = latent.codes.flatten(0, 1)
+        codes = without_empty_columns(latent.codes.flatten(0, 1))
         empty = codes[:, 0].lt(0)
         decodable = codes.clone()
         decodable[empty, 0] = 0  # attention over nothing is undefined
@@ -171,6 +179,11 @@ class LatentGenerator(IterativeRefinementGenerator):
         if self.rescore == "none":
             return groups
         return [sorted(group, key=lambda h: -float(h["score"])) for group in groups]
+
+
+def without_empty_columns(codes: Tensor) -> Tensor:
+    """``codes`` ``[B, L]`` up to the longest row's end (-1 follows it), at least one column."""
+    return codes[:, : max(1, int(codes.ge(0).sum(1).max()))]
 
 
 def average_log_probabilities(logits: list[Tensor]) -> Tensor:

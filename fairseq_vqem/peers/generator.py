@@ -11,9 +11,8 @@ from fairseq.iterative_refinement_generator import IterativeRefinementGenerator
 from torch import Tensor, nn
 
 from fairseq_vqem.errors import UserError
+from fairseq_vqem.generation.parts import in_parts
 from fairseq_vqem.peers.rules import check_generation, rules_of
-
-MOST_TOKENS = 8192  # source tokens times candidates decoded in one batch: 1-2 GB of logits
 
 
 class OwnScores(nn.Module):
@@ -33,12 +32,19 @@ class ParallelGenerator(IterativeRefinementGenerator):
         models: the parallel model (or an ensemble of fairseq's own), and the teacher if there is
             one.
         args: generation options, of which those that are missing have fairseq's defaults.
+        remove_repeats: collapse runs of one token, before a teacher judges.
 
     Raises:
         UserError: models and options do not go together.
     """
 
-    def __init__(self, dictionary: Dictionary, models: Sequence[Any], args: Any) -> None:
+    def __init__(
+        self,
+        dictionary: Dictionary,
+        models: Sequence[Any],
+        args: Any,
+        remove_repeats: bool = False,
+    ) -> None:
         check_generation(models, args)
         rules = rules_of(models[0])
         beam = getattr(args, "iter_decode_with_beam", 1)
@@ -55,6 +61,7 @@ class ParallelGenerator(IterativeRefinementGenerator):
             retain_history=getattr(args, "retain_iter_history", False),
             reranking=beam > 1,  # else fairseq compares scores by numpy on whatever device
         )
+        self.remove_repeats = remove_repeats
         self.own_scores = OwnScores() if beam > 1 and not teacher else None
 
     @torch.no_grad()
@@ -71,15 +78,12 @@ class ParallelGenerator(IterativeRefinementGenerator):
                 "parallel decoding takes no --prefix-size and no --constraints: drop the option"
             )
         models = [*models, self.own_scores] if self.own_scores else models
-        src_tokens = sample["net_input"]["src_tokens"]
-        size, width = src_tokens.shape
-        if self.beam_size > 1:
-            size = max(1, MOST_TOKENS // (self.beam_size * width))
-        lengths = sample["net_input"]["src_lengths"].split(size)
         found: list[list[dict[str, Any]]] = []
-        for part in zip(src_tokens.split(size), lengths, strict=True):
-            inputs = dict(zip(("src_tokens", "src_lengths"), part, strict=True))
+        for src_tokens, src_lengths in in_parts(sample, self.beam_size):
+            inputs = {"src_tokens": src_tokens, "src_lengths": src_lengths}
             found += super().generate(models, {"net_input": inputs})
+        if self.remove_repeats and not self.reranking:
+            found = [[without_repeats(best)] for (best,) in found]
         return found
 
     def rerank(
@@ -90,6 +94,8 @@ class ParallelGenerator(IterativeRefinementGenerator):
         beam_size: int,
     ) -> list[list[dict[str, Any]]]:
         """Scores of a teacher, or own scores moved to where numpy can compare them."""
+        if self.remove_repeats:  # the teacher judges what is put out
+            finalized = [[without_repeats(candidate)] for (candidate,) in finalized]
         if isinstance(reranker, OwnScores):
             for (candidate,) in finalized:
                 candidate["score"] = candidate["score"].cpu()
@@ -99,3 +105,12 @@ class ParallelGenerator(IterativeRefinementGenerator):
         source = [src_tokens.masked_fill(begins, self.pad), src_lengths - begins.sum(1)]
         ranked: list[list[dict[str, Any]]] = super().rerank(reranker, finalized, source, beam_size)
         return ranked
+
+
+def without_repeats(hypothesis: dict[str, Any]) -> dict[str, Any]:
+    """The hypothesis with one token, and its score, for each run of the same."""
+    tokens, scores = hypothesis["tokens"], hypothesis["positional_scores"]
+    first = torch.ones_like(tokens, dtype=torch.bool)
+    first[1:] = tokens[1:] != tokens[:-1]
+    kept = None if scores is None else scores[first]
+    return {**hypothesis, "tokens": tokens[first], "positional_scores": kept}

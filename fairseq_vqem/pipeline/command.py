@@ -26,6 +26,7 @@ def _run(arguments: argparse.Namespace) -> int:
         read_recipe(arguments.recipe, arguments.scale), arguments.out.resolve(), arguments.device
     )
     started = time.monotonic()
+    stages.check_engines(run)
     stages.prepare(run)
     stages.train_teacher(run)
     stages.distill(run)

@@ -10,18 +10,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fairseq_vqem.analysis.posterior import reconstruct
+from fairseq_vqem.benchmark.engines import check_engine, load_engine, translate_all
 from fairseq_vqem.benchmark.scoring import read_generate_output
 from fairseq_vqem.benchmark.splits import languages
 from fairseq_vqem.corpora.distill import REPORT
 from fairseq_vqem.corpora.files import read_lines, replacing, write_lines
 from fairseq_vqem.corpora.subwords import load_subwords
 from fairseq_vqem.errors import UserError
+from fairseq_vqem.peers.alignments import alignment_prefix
 from fairseq_vqem.pipeline.recipe import Options, Recipe, flags
 from fairseq_vqem.pipeline.training import train
 
 USER_DIR = str(Path(__file__).parents[1])
 TEACHER, VQEM_TASK = "teacher", "translation_vqem"
 TEACHER_GREEDY, TEACHER_BEAM = "teacher, greedy", "teacher, beam 4"
+BATCH_SIZE = 64
 MAX_LENGTH: Options = {"max_len_a": 2, "max_len_b": 10}
 
 
@@ -137,11 +140,17 @@ def train_student(run: Run, name: str) -> None:
 
 def align(run: Run, data: Path) -> None:
     """Word alignments from the teacher's attention, beside the data that asks for them."""
-    pair = "-".join(languages(run.data))
-    if (data / f"valid.{pair}.align.{pair}.idx").is_file():  # valid is the last split
+    # valid is the last split
+    if Path(f"{alignment_prefix(data, 'valid', *languages(run.data))}.idx").is_file():
         return
     words = ["fairseq_vqem.cli", "align", "--teacher", str(run.teacher), "--data", str(data)]
     run_command([*words, "--device", run.device])
+
+
+def check_engines(run: Run) -> None:
+    """Raise UserError if a row needs an engine that is not installed: before hours of training."""
+    for system in systems(run).values():
+        check_engine(system.options.get("engine", "fairseq"), run.device)
 
 
 def systems(run: Run) -> dict[str, System]:
@@ -177,23 +186,38 @@ def translate(run: Run, name: str) -> None:
         return
     system = systems(run)[name]
     if "engine" in system.options:
-        raise UserError(f"{name!r} is not a system of fairseq: use fairseq-vqem compare")
+        _translate_with_engine(run, name, system)
+        return
     source, target = languages(run.data)
     words = ["fairseq_cli.generate", str(run.data), "--user-dir", USER_DIR, "--task", system.task]
     words += ["-s", source, "-t", target, "--path", system.checkpoints, "--gen-subset", "test"]
-    words += ["--batch-size", "64", "--seed", str(run.recipe.seed)]
+    words += ["--batch-size", str(BATCH_SIZE), "--seed", str(run.recipe.seed)]
     words += [] if run.device == "cuda" else ["--cpu"]
-    run_command([*words, *flags(system.options)], run.translations(name))
+    padding = {"left_pad_source": run.recipe.students.get(system.model, {}).get("left_pad_source")}
+    run_command([*words, *flags({**padding, **system.options})], run.translations(name))
+
+
+def _translate_with_engine(run: Run, name: str, system: System) -> None:
+    import torch
+
+    torch.manual_seed(run.recipe.seed)
+    threads = torch.get_num_threads()
+    engine = load_engine(
+        system.checkpoints, run.data, system.options, device=run.device, threads=threads
+    )
+    sources = read_lines(run.out / "corpus" / "raw" / f"test.{languages(run.data)[0]}")
+    write_lines(run.translations(name), translate_all(engine, list(sources), BATCH_SIZE))
 
 
 def read_translations(run: Run, system: str) -> tuple[list[str], list[str], list[str]]:
     """Sources, references and hypotheses of a translated test set, complete and in order."""
-    references = list(read_lines(run.out / "corpus" / "raw" / f"test.{languages(run.data)[1]}"))
-    subwords = load_subwords(run.data)
-    output = read_generate_output(
-        run.translations(system), sentences=len(references), decode=subwords.decode
-    )
-    sources = list(read_lines(run.out / "corpus" / "raw" / f"test.{languages(run.data)[0]}"))
+    raw = run.out / "corpus" / "raw"
+    sources, references = (list(read_lines(raw / f"test.{lang}")) for lang in languages(run.data))
+    path = run.translations(system)
+    if "engine" in systems(run)[system].options:
+        return sources, references, list(read_lines(path))
+    decode = load_subwords(run.data).decode
+    output = read_generate_output(path, sentences=len(references), decode=decode)
     return sources, references, output.hypotheses
 
 

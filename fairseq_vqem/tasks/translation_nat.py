@@ -18,6 +18,7 @@ from fairseq.tasks.translation_lev import (
 from torch import Tensor
 
 from fairseq_vqem.errors import UserError
+from fairseq_vqem.models.config import option
 from fairseq_vqem.peers.alignments import alignment_prefix
 from fairseq_vqem.peers.generator import ParallelGenerator
 from fairseq_vqem.peers.rules import (
@@ -32,6 +33,8 @@ from fairseq_vqem.tasks.translation_vqem import log_bleu, unwrapped
 @dataclass
 class TranslationNATConfig(TranslationLevenshteinConfig):
     """fairseq's own options, ``--eval-bleu`` and ``--load-alignments`` included."""
+
+    remove_repeats: bool = option(False, "collapse immediately repeated tokens of the output")
 
 
 @register_task("translation_nat", dataclass=TranslationNATConfig)
@@ -126,7 +129,7 @@ class TranslationNATTask(TranslationLevenshteinTask):
 
     def build_generator(self, models: Sequence[Any], args: Any, **unused: Any) -> ParallelGenerator:
         check_source_copy(models[0], self.cfg)
-        return ParallelGenerator(self.target_dictionary, models, args)
+        return ParallelGenerator(self.target_dictionary, models, args, self.cfg.remove_repeats)
 
     # ------------------------------------------------------------------ training, validation
 

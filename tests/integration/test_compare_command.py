@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,9 @@ import yaml
 from workshop import Outcome, Workshop
 
 from fairseq_vqem.benchmark.tables import read_table
+from fairseq_vqem.compare import command
+from fairseq_vqem.errors import UserError
+from fairseq_vqem.pipeline import stages
 
 TINY = {
     **{"encoder_layers": 1, "decoder_layers": 1, "share_all_embeddings": True},
@@ -69,10 +74,14 @@ RECIPE: dict[str, Any] = {
 ROWS = ["teacher, beam 4", "teacher, greedy", "AR", "vqem", *RECIPE["variants"]]
 
 
-def compare(folder: Path) -> Outcome:
+def write_recipe(folder: Path, **changes: Any) -> Path:
     recipe = folder / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(RECIPE, sort_keys=False), encoding="utf-8")
-    words = ("compare", recipe, "--out", folder / "out")
+    recipe.write_text(yaml.safe_dump(RECIPE | changes, sort_keys=False), encoding="utf-8")
+    return recipe
+
+
+def compare(folder: Path) -> Outcome:
+    words = ("compare", write_recipe(folder), "--out", folder / "out")
     return Workshop(folder).run("fairseq_vqem.cli", *words)
 
 
@@ -115,6 +124,27 @@ def test_a_second_call_reuses_everything(compared: Path) -> None:
     assert kept.stat().st_mtime_ns == before
 
 
+def test_run_reports_on_rows_of_other_engines(compared: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    exported = {"student": "vqem", "engine": "exported", "remove_repeats": True}
+    words = ("run", write_recipe(compared, variants={"vqem, exported": exported}))
+    outcome = Workshop(compared).run("fairseq_vqem.cli", *words, "--out", compared / "out")
+    assert outcome.status == 0, outcome.text
+    rows = {row.system: row for row in read_table(compared / "out" / "result.json")[0].rows}
+    assert list(rows) == [*ROWS[:4], "vqem, exported"]
+    assert rows["vqem, exported"].bleu == pytest.approx(rows["vqem"].bleu, abs=0.5)
+    assert rows["vqem, exported"].latency_median_ms and rows["vqem, exported"].speedup
+
+
+def test_a_missing_engine_stops_before_any_training(tmp_path: Path) -> None:
+    variants = {"vqem, elsewhere": {"student": "vqem", "engine": "elsewhere"}}
+    for name in ("run", "compare"):
+        words = (name, write_recipe(tmp_path, variants=variants), "--out", tmp_path / "out")
+        outcome = Workshop(tmp_path).run("fairseq_vqem.cli", *words)
+        assert outcome.status == 1 and "no engine 'elsewhere'" in outcome.errors
+        assert "Traceback" not in outcome.errors and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("loss", ["dropped", "shuffled"])
 def test_a_lost_or_misplaced_sentence_stops_the_report(compared: Path, loss: str) -> None:
     path = compared / "out" / "compare" / "vqem.json"
@@ -132,15 +162,21 @@ def test_a_lost_or_misplaced_sentence_stops_the_report(compared: Path, loss: str
     assert (compared / "out" / "compare.json").read_bytes() == report
 
 
-def test_a_leaked_test_sentence_stops_everything(tmp_path: Path) -> None:
-    from fairseq_vqem.compare.fairness import check_no_leak
-    from fairseq_vqem.corpora import sample
-    from fairseq_vqem.errors import UserError
-
-    sample.write_sample(tmp_path, 3)
-    check_no_leak(tmp_path, "en", "de")
-    leaked = (tmp_path / "test.en").read_text("utf-8").splitlines()[0]
-    with (tmp_path / "train.en").open("a", encoding="utf-8") as train:
-        train.write(leaked + "\n")
-    with pytest.raises(UserError, match="training data"):
-        check_no_leak(tmp_path, "en", "de")
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_a_leaked_test_sentence_stops_everything(
+    compared: Path, split: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = compared / "out" / "corpus" / "raw"
+    path = raw / f"{split}.en"
+    original = path.read_text("utf-8")
+    leaked = (raw / "test.en").read_text("utf-8").splitlines()[1]
+    path.write_text(f"{original} {leaked}\n", encoding="utf-8")
+    monkeypatch.setattr(stages, "prepare", lambda run: None)  # it would write the text anew
+    monkeypatch.setattr(stages, "train_teacher", lambda run: pytest.fail("went on"))
+    words = ["compare", str(write_recipe(compared)), "--out", str(compared / "out")]
+    parser = argparse.ArgumentParser()
+    command.register(parser.add_subparsers())
+    arguments = parser.parse_args(words)
+    with pytest.raises(UserError, match=re.escape(f"(one is {leaked!r})")):
+        arguments.run(arguments)
+    path.write_text(original, encoding="utf-8")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -67,16 +69,30 @@ def test_contenders_obey_the_length(data: Path, tmp_path: Path) -> None:
     contenders = make_contenders(SIZES, data, tmp_path, seed=1)
     for name, contender in contenders.items():
         for length in (1, 5, 12):
-            written = contender.prepare(["the cat", "the dog sees the cow"], length)()
+            call = contender.prepare(["the cat", "the dog sees the cow"], length)
             if isinstance(contender, ForcedExported):
-                assert len(written) == 2
-            elif isinstance(contender, ForcedStudent):
+                codes = SIZES.codes(length)
+                assert graph_calls(contender, call) == (codes + 1, codes)  # a step for the end
+                continue
+            written = call()
+            if isinstance(contender, ForcedStudent):
                 generator = contender.engine.translator.generator
                 batch = contender.engine.encode(["the cat"])
                 assert codes_of(generator, contender, batch) == SIZES.codes(length)
             else:
                 assert written == [length, length], name
     assert isinstance(contenders[AR_BEAM], ForcedFairseqAR)
+
+
+def graph_calls(contender: ForcedExported, call: Callable[[], object]) -> tuple[int, int]:
+    """Steps of the latent predictor, and codes that the decoder receives."""
+    graphs = contender.engine.translator.graphs
+    step, decode = Mock(wraps=graphs["step"]), Mock(wraps=graphs["decode"])
+    step.inputs = graphs["step"].inputs
+    with patch.dict(graphs, {"step": step, "decode": decode}):
+        call()
+    (feed,) = decode.call_args.args
+    return step.call_count, feed["codes"].shape()[1]
 
 
 def codes_of(generator, contender: ForcedStudent, batch) -> int:  # type: ignore[no-untyped-def]

@@ -41,12 +41,14 @@ def test_settings_have_defaults_and_name_their_systems() -> None:
 
 
 def test_a_test_sentence_in_the_training_data_is_found(tmp_path: Path) -> None:
-    write_lines(tmp_path / "train.en", ["one", "two", "three"])
-    write_lines(tmp_path / "test.en", ["four", "five"])
-    check_no_leak(tmp_path, "en", "de")
-    write_lines(tmp_path / "test.en", ["four", "two"])
-    with pytest.raises(UserError, match=r"1 of 2 test sentences .* line 2 of test\.en, 'two'"):
-        check_no_leak(tmp_path, "en", "de")
+    write_lines(tmp_path / "train.en", ["one", "two words", "three", ""])
+    write_lines(tmp_path / "valid.en", ["six"])
+    write_lines(tmp_path / "test.en", ["four", "five", ""])
+    check_no_leak(tmp_path, "en")
+    for leaked in ("two  words", "six"):
+        write_lines(tmp_path / "test.en", ["four", leaked])
+        with pytest.raises(UserError, match=r"^1 sentences of test\.en"):
+            check_no_leak(tmp_path, "en")
 
 
 def test_a_lost_sentence_is_found() -> None:

@@ -13,6 +13,7 @@ from generation_helpers import generate, words
 from model_helpers import assert_user_error
 from teacher_helpers import tiny_teacher
 
+from fairseq_vqem.generation import parts
 from fairseq_vqem.generation.latent_generator import (
     LatentGenerator,
     average_log_probabilities,
@@ -214,3 +215,32 @@ def test_errors(tiny: Any) -> None:
     cases.append(("--prefix-size", lambda: generator.generate([model], batch, prefix)))
     for match, action in cases:
         assert_user_error(match, action)
+
+
+# --- no work for nothing --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_decoder_gets_no_more_codes_than_the_longest_output_has(
+    tiny: Any, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, seen = tiny.model(seed=3), []
+    decode = model.decode_codes
+    monkeypatch.setattr(model, "decode_codes", lambda c, out: seen.append(c) or decode(c, out))
+    found = generate(tiny, model, tiny.batch(tiny.pairs(6)), MODES[mode])
+    longest = max(len(each["codes"]) for group in found for each in group)
+    assert seen[0].size(1) == longest
+
+
+def test_large_batches_of_candidates_are_decoded_in_parts(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch, rows = tiny.model(seed=3), tiny.batch(tiny.pairs(7)), []
+    whole = generate(tiny, model, batch, MODES["candidates"])
+    decode = model.decode_codes
+    monkeypatch.setattr(parts, "MOST_TOKENS", 6 * batch["net_input"]["src_tokens"].size(1))
+    monkeypatch.setattr(
+        model, "decode_codes", lambda c, out: rows.append(c.size(0)) or decode(c, out)
+    )
+    assert words(generate(tiny, model, batch, MODES["candidates"])) == words(whole)
+    assert rows == [6, 6, 6, 3]

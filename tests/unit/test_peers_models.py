@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from argparse import Namespace
 from typing import Any
@@ -14,7 +15,7 @@ from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
 from fairseq.models.transformer import TransformerModel
 from torch import Tensor
 
-from fairseq_vqem.peers import generator as generators
+from fairseq_vqem.generation import parts
 from fairseq_vqem.peers.config import CTCNATConfig, FertilityNATConfig
 from fairseq_vqem.peers.ctc import frames_needed
 from fairseq_vqem.peers.ctc_nat import CTCNAT
@@ -95,8 +96,12 @@ def batch(
     return found
 
 
-def best(models: list[Any], sample: dict[str, Any], **options: Any) -> list[dict[str, Any]]:
-    generator = ParallelGenerator(models[0].encoder.dictionary, models, Namespace(**options))
+def best(
+    models: list[Any], sample: dict[str, Any], remove_repeats: bool = False, **options: Any
+) -> list[dict[str, Any]]:
+    generator = ParallelGenerator(
+        models[0].encoder.dictionary, models, Namespace(**options), remove_repeats
+    )
     found = generator.generate(models, sample)
     assert all(len(hypotheses) == 1 for hypotheses in found)
     return [hypotheses[0] for hypotheses in found]
@@ -221,7 +226,7 @@ def test_large_batches_of_candidates_are_decoded_in_parts(monkeypatch: pytest.Mo
     rows = []
     forward = model.forward_decoder
     width = max(map(len, SOURCES)) + 2
-    monkeypatch.setattr(generators, "MOST_TOKENS", 11 * width)
+    monkeypatch.setattr(parts, "MOST_TOKENS", 11 * width)
     monkeypatch.setattr(
         model,
         "forward_decoder",
@@ -229,6 +234,29 @@ def test_large_batches_of_candidates_are_decoded_in_parts(monkeypatch: pytest.Mo
     )
     assert decode([model], batch(SOURCES), iter_decode_with_beam=5) == whole
     assert rows == [10] * 6
+
+
+@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize("kind", ["nonautoregressive_transformer", "fertility_nat"])
+def test_repeats_are_removed_before_the_teacher_judges(kind: str, count: int) -> None:
+    task = make_task()
+    model, teacher = make_model(kind, task), make_teacher(task)
+    options = {"iter_decode_with_beam": count}
+    plain = decode([model], batch(SOURCES), **options)
+    removed = best([model], batch(SOURCES), remove_repeats=True, **options)
+    assert [each["tokens"].tolist() for each in removed] == [collapsed(tokens) for tokens in plain]
+    assert any(collapsed(tokens) != tokens for tokens in plain)
+    if count > 1:
+        options["iter_decode_with_external_reranker"] = True
+        taught = best([model, teacher], batch(SOURCES), remove_repeats=True, **options)
+        for source, each in zip(SOURCES, taught, strict=True):
+            assert collapsed(each["tokens"].tolist()) == each["tokens"].tolist()
+            wanted = teacher_score(teacher, source, each["tokens"])
+            assert float(each["score"]) == pytest.approx(wanted, abs=1e-5)
+
+
+def collapsed(tokens: list[int]) -> list[int]:
+    return [token for token, _ in itertools.groupby(tokens)]
 
 
 # ---------------------------------------------------------------------- ctc_nat

@@ -67,3 +67,11 @@ def test_every_recipe_of_the_project_can_be_read(path: Path, tmp_path: Path) -> 
     for scale in ("cpu", "gpu"):
         found = systems(Run(read_recipe(path, scale), tmp_path, "cpu"))
         assert {TEACHER_BEAM, TEACHER_GREEDY} < set(found)
+
+
+@pytest.mark.parametrize("name", ["full", "quick"])
+def test_all_parallel_rows_but_ctc_remove_repeats(name: str, tmp_path: Path) -> None:
+    path = next(path for path in RECIPES if path.parent.name == "compare" and path.stem == name)
+    for row, system in systems(Run(read_recipe(path), tmp_path, "cpu")).items():
+        parallel = system.task != "translation" and not row.startswith("CTC")
+        assert bool(system.options.get("remove_repeats")) == parallel, row
