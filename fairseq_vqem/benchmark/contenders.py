@@ -35,6 +35,7 @@ class Contender(Protocol):
     """A system whose output length is prescribed."""
 
     parameters: int
+    workers: int
 
     def prepare(self, sentences: Sequence[str], length: int) -> Callable[[], object]:
         """A call that translates the batch, every sentence into ``length`` subwords."""
@@ -45,7 +46,7 @@ class ForcedFairseqAR:
 
     def __init__(self, checkpoint: Path, data: Path, beam: int) -> None:
         self.engine = FairseqEngine(str(checkpoint), data, {"beam": beam})
-        self.parameters = self.engine.parameters
+        self.parameters, self.workers = self.engine.parameters, 1
 
     def prepare(self, sentences: Sequence[str], length: int) -> Callable[[], object]:
         batch, generator = self.engine.encode(sentences), self.engine.translator.generator
@@ -60,13 +61,15 @@ class ForcedFairseqAR:
 class ForcedCTranslate2:
     """CTranslate2's beam search with a least and a greatest length."""
 
-    def __init__(self, checkpoint: Path, data: Path, beam: int, compute_type: str) -> None:
+    def __init__(
+        self, checkpoint: Path, data: Path, beam: int, compute_type: str, workers: int = 1
+    ) -> None:
         import torch
 
-        options = {"beam": beam, "compute_type": compute_type}
+        options = {"beam": beam, "compute_type": compute_type, "workers": workers}
         threads = torch.get_num_threads()
         self.engine = CTranslate2Engine(str(checkpoint), data, options, threads=threads)
-        self.parameters = self.engine.parameters
+        self.parameters, self.workers = self.engine.parameters, workers
 
     def prepare(self, sentences: Sequence[str], length: int) -> Callable[[], object]:
         batch = self.engine.encode(sentences)
@@ -83,6 +86,7 @@ class ForcedStudent:
     def __init__(self, checkpoint: Path, data: Path, sizes: Sizes) -> None:
         self.engine = FairseqEngine(str(checkpoint), data, {})
         self.parameters, self.sizes = self.engine.parameters, sizes
+        self.workers = 1
 
     def prepare(self, sentences: Sequence[str], length: int) -> Callable[[], object]:
         batch, generator = self.engine.encode(sentences), self.engine.translator.generator
@@ -98,41 +102,53 @@ class ForcedStudent:
 class ForcedExported:
     """The exported student, told how many latents to write."""
 
-    def __init__(self, checkpoint: Path, data: Path, sizes: Sizes, weights: str) -> None:
+    def __init__(
+        self, checkpoint: Path, data: Path, sizes: Sizes, weights: str, workers: int = 1
+    ) -> None:
         import torch
 
         from fairseq_vqem.benchmark.exported import ExportedEngine
 
         threads = torch.get_num_threads()
-        options = {"weights": weights}
+        options = {"weights": weights, "workers": workers}
         self.engine = ExportedEngine(str(checkpoint), data, options, threads=threads)
-        self.parameters, self.sizes = self.engine.parameters, sizes
+        self.parameters, self.sizes, self.workers = self.engine.parameters, sizes, workers
 
     def prepare(self, sentences: Sequence[str], length: int) -> Callable[[], object]:
         batch, codes = self.engine.encode(sentences), self.sizes.codes(length)
         return lambda: self.engine.translate(batch, codes)
 
 
-def make_contenders(sizes: Sizes, data: Path, folder: Path, seed: int) -> dict[str, Contender]:
-    """Every system of these sizes whose packages are installed, with random weights."""
+def make_contenders(
+    sizes: Sizes, data: Path, folder: Path, seed: int, workers: int = 1
+) -> dict[str, Contender]:
+    """Every system of these sizes whose packages are installed, with random weights.
+
+    With more than one of the ``workers``, which share the threads, only the engines that can have
+    them.
+    """
     teacher = write_random_checkpoint(folder / "ar.pt", data, _ar_words(sizes), seed)
-    found: dict[str, Contender] = {
-        AR_BEAM: ForcedFairseqAR(teacher, data, 4),
-        AR_GREEDY: ForcedFairseqAR(teacher, data, 1),
-    }
+    found: dict[str, Contender] = {}
+    if workers == 1:
+        found[AR_BEAM] = ForcedFairseqAR(teacher, data, 4)
+        found[AR_GREEDY] = ForcedFairseqAR(teacher, data, 1)
     if _installed("ctranslate2"):
-        found[CT2_BEAM] = ForcedCTranslate2(teacher, data, 4, "float32")
-        found["CTranslate2 AR float32, greedy"] = ForcedCTranslate2(teacher, data, 1, "float32")
-        found["CTranslate2 AR int8, beam 4"] = ForcedCTranslate2(teacher, data, 4, "int8")
-        found["CTranslate2 AR int8, greedy"] = ForcedCTranslate2(teacher, data, 1, "int8")
+        for compute_type in ("float32", "int8"):
+            for name, beam in (("beam 4", 4), ("greedy", 1)):
+                found[f"CTranslate2 AR {compute_type}, {name}"] = ForcedCTranslate2(
+                    teacher, data, beam, compute_type, workers
+                )
     for layers in sizes.latent_layers:
         path = folder / f"student{layers}.pt"
         student = write_random_checkpoint(path, data, _student_words(sizes, layers), seed)
         name = f"VQ-EM, {layers}-layer predictor"
-        found[f"{name}, PyTorch"] = ForcedStudent(student, data, sizes)
+        if workers == 1:
+            found[f"{name}, PyTorch"] = ForcedStudent(student, data, sizes)
         if _installed("onnx") and _installed("onnxruntime"):
-            found[f"{name}, exported float32"] = ForcedExported(student, data, sizes, "float32")
-            found[f"{name}, exported int8"] = ForcedExported(student, data, sizes, "int8")
+            for weights in ("float32", "int8"):
+                found[f"{name}, exported {weights}"] = ForcedExported(
+                    student, data, sizes, weights, workers
+                )
     return found
 
 

@@ -22,6 +22,7 @@ from fairseq_vqem.benchmark.contenders import (
     Sizes,
     make_contenders,
 )
+from fairseq_vqem.benchmark.engines import translate_batches
 from fairseq_vqem.benchmark.latency import choose_places
 from fairseq_vqem.benchmark.random_models import widen_vocabulary
 from fairseq_vqem.benchmark.signature import make_signature
@@ -38,6 +39,8 @@ from fairseq_vqem.corpora.subwords import load_subwords
 from fairseq_vqem.errors import UserError
 
 THROUGHPUT = "Sentences/s (batch)"
+Rates = dict[tuple[int, int], dict[str, float]]
+"""Sentences per second by (batch size, workers) and system."""
 
 
 @dataclass(frozen=True)
@@ -126,17 +129,28 @@ def time_batches(
             )
             for batch in batches
         ]
-        systems[name] = _all_of(calls)
+        systems[name] = _all_of(calls, contender.workers)
     seconds = measure(systems, 1, repeats=repeats, burn_in=1)
     return {name: len(order) / float(np.median(timing)) for name, timing in seconds.items()}
+
+
+def time_throughput(
+    contenders: Mapping[str, Contender], workload: Workload, sizes: Sequence[int], repeats: int
+) -> Rates:
+    """`time_batches` for each of ``sizes``, by size and number of workers."""
+    found: Rates = {}
+    for size in sizes:
+        for name, rate in time_batches(contenders, workload, size, repeats).items():
+            found.setdefault((size, contenders[name].workers), {})[name] = rate
+    return found
 
 
 def _by_index(calls: Sequence[Callable[[], object]]) -> Callable[[int], object]:
     return lambda index: calls[index]()
 
 
-def _all_of(calls: Sequence[Callable[[], object]]) -> Callable[[int], object]:
-    return lambda _: [call() for call in calls]
+def _all_of(calls: Sequence[Callable[[], object]], workers: int) -> Callable[[int], object]:
+    return lambda _: translate_batches(lambda call: call(), calls, workers)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -157,10 +171,14 @@ def _run(arguments: argparse.Namespace) -> int:
         data = widen_vocabulary(arguments.data, arguments.vocabulary, Path(folder) / "data")
         contenders = make_contenders(sizes, data, Path(folder), arguments.seed)
         seconds = time_workload(contenders, workload, arguments.repeats, arguments.burn_in)
-        rates = {
-            size: time_batches(contenders, workload, size, arguments.repeats)
-            for size in arguments.batch_sizes
-        }
+        rates = time_throughput(contenders, workload, arguments.batch_sizes, arguments.repeats)
+        if torch.get_num_threads() > 1:
+            with_workers = make_contenders(
+                sizes, data, Path(folder), arguments.seed, workers=torch.get_num_threads()
+            )
+            rates |= time_throughput(
+                with_workers, workload, arguments.batch_sizes, arguments.repeats
+            )
         by_length = {
             length: time_workload(
                 contenders, cut_to_length(arguments.data, length, 10), arguments.repeats, 1
@@ -177,7 +195,7 @@ def _report(
     contenders: Mapping[str, Contender],
     workload: Workload,
     seconds: Mapping[str, Seconds],
-    rates: Mapping[int, Mapping[str, float]],
+    rates: Rates,
     by_length: Mapping[int, Mapping[str, Seconds]],
 ) -> None:
     rows = [
@@ -200,7 +218,10 @@ def _report(
             "vocabulary": arguments.vocabulary,
             "sentences": len(workload.lengths),
             "mean_target_subwords": float(np.mean(workload.lengths)),
-            "sentences_per_second": {str(size): dict(each) for size, each in rates.items()},
+            "sentences_per_second": [
+                {"batch_size": size, "workers": workers, **each}
+                for (size, workers), each in rates.items()
+            ],
             "repeats": arguments.repeats,
         }
         write_table(arguments.output, table, signature, **details)
@@ -210,7 +231,7 @@ def _row(
     name: str,
     contender: Contender,
     seconds: Mapping[str, Seconds],
-    rates: Mapping[int, Mapping[str, float]],
+    rates: Rates,
     by_length: Mapping[int, Mapping[str, Seconds]],
     seed: int,
 ) -> ResultRow:
@@ -220,8 +241,10 @@ def _row(
             gain = speedup(seconds[baseline], seconds[name], seed=seed)
             extra[f"Speed-up over {baseline}"] = str(gain)
     if rates:
-        best = max(rates, key=lambda size: rates[size][name])
-        extra[THROUGHPUT] = f"{rates[best][name]:.1f} ({best})"
+        own = {setting: by_name[name] for setting, by_name in rates.items() if name in by_name}
+        size, workers = max(own, key=lambda setting: own[setting])
+        shared = f", {workers} workers" if workers > 1 else ""
+        extra[THROUGHPUT] = f"{own[size, workers]:.1f} ({size}{shared})"
     medians = {n: summarise(each[name], seed=seed).median_ms for n, each in by_length.items()}
     extra |= {f"{length} subwords (ms)": median for length, median in medians.items()}
     if len(medians) > 1:

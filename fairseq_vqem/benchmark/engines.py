@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +24,8 @@ class Engine(Protocol):
     """A system that reads sources only: no reference ever reaches it."""
 
     parameters: int
+    workers: int
+    """Batches that it translates at a time, in as many threads that call it."""
 
     def encode(self, sentences: Sequence[str]) -> Any:
         """A batch as `translate` takes it; subword segmentation and collation happen here."""
@@ -62,7 +65,7 @@ class FairseqEngine:
             task_overrides=task_options,
             **generation,
         )
-        self.parameters = self.translator.parameters
+        self.parameters, self.workers = self.translator.parameters, 1
 
     def encode(self, sentences: Sequence[str]) -> Any:
         batch = self.translator.encode(sentences)
@@ -90,7 +93,7 @@ class CTranslate2Engine:
     Args:
         checkpoint: one AR Transformer; it is converted in a temporary folder.
         options: ``beam``, ``lenpen``, ``max_len_a``, ``max_len_b`` as in fairseq, and
-            ``compute_type`` (float32, int8, …).
+            ``compute_type`` (float32, int8, …); ``workers`` share the threads.
 
     Raises:
         UserError: CTranslate2 is not installed, cannot convert the model, or an option is unknown.
@@ -108,6 +111,7 @@ class CTranslate2Engine:
 
         known = dict(options)
         compute_type = known.pop("compute_type", "float32")
+        self.workers = int(known.pop("workers", 1))
         self.beam = int(known.pop("beam", 5))
         self.length_penalty = float(known.pop("lenpen", 1.0))
         self.max_length = float(known.pop("max_len_a", 0)), int(known.pop("max_len_b", 200))
@@ -124,8 +128,8 @@ class CTranslate2Engine:
                 converted,
                 device=device.split(":")[0],
                 compute_type=compute_type,
-                inter_threads=1,
-                intra_threads=threads,
+                inter_threads=self.workers,
+                intra_threads=max(1, threads // self.workers),
             )
 
     def encode(self, sentences: Sequence[str]) -> Any:
@@ -207,6 +211,16 @@ def translate_all(engine: Engine, sentences: Sequence[str], batch_size: int) -> 
         for place, output in zip(batch, outputs, strict=True):
             translations[place] = engine.text(output)
     return translations
+
+
+def translate_batches(
+    translate: Callable[[Any], object], batches: Sequence[Any], workers: int
+) -> list[object]:
+    """``translate`` each of ``batches``, ``workers`` of them at a time; results in order."""
+    if workers == 1:
+        return [translate(batch) for batch in batches]
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(translate, batches))
 
 
 def length_batches(sentences: Sequence[str], batch_size: int) -> list[list[int]]:

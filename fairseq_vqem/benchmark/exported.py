@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,8 @@ class ExportedEngine:
 
     Args:
         checkpoint: one ``vqem_transformer``.
-        options: ``weights`` (float32 or int8) and decoding options of the task.
+        options: ``weights`` (float32 or int8) and decoding options of the task; ``workers``
+            share the threads.
 
     Raises:
         UserError: the student cannot be exported, a package is missing, or not on the CPU.
@@ -35,13 +37,16 @@ class ExportedEngine:
 
         task_options = dict(options)
         weights = task_options.pop("weights", "float32")
+        self.workers = int(task_options.pop("workers", 1))
         self.parameters = Translator.from_checkpoint(checkpoint, data).parameters
         # The runtime may read the weights whenever it likes: the folder lives as long as this does.
         self._folder = tempfile.TemporaryDirectory()
         artefact = Path(self._folder.name) / "model"
         export(Path(checkpoint), data, artefact, weights=weights, task_overrides=task_options)
         try:
-            self.translator = StandaloneTranslator(artefact, threads)
+            self.translator = StandaloneTranslator(
+                artefact, max(1, threads // self.workers), max_tokens=sys.maxsize
+            )
         except StandaloneError as error:
             raise UserError(str(error)) from error
 

@@ -8,7 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from fairseq_vqem.benchmark.engines import Engine, length_batches, synchroniser
+from fairseq_vqem.benchmark.engines import (
+    Engine,
+    length_batches,
+    synchroniser,
+    translate_batches,
+)
 from fairseq_vqem.benchmark.timing import Seconds, measure
 
 
@@ -60,8 +65,4 @@ def summarise_throughput(
 
 
 def _whole_set(engine: Engine, batches: Sequence[Any]) -> Callable[[int], object]:
-    def translate(_: int) -> None:
-        for batch in batches:
-            engine.translate(batch)
-
-    return translate
+    return lambda _: translate_batches(engine.translate, batches, engine.workers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from fairseq_vqem.benchmark.engines import (
     length_batches,
     load_engine,
     translate_all,
+    translate_batches,
 )
 from fairseq_vqem.benchmark.latency import time_engines
 from fairseq_vqem.benchmark.throughput import summarise_throughput, time_batches
@@ -30,7 +32,7 @@ BEAM = {"beam": 4, "max_len_a": 2, "max_len_b": 10}
 class Reverser:
     """Writes every sentence backwards, and down which batches it saw."""
 
-    parameters = 0
+    parameters, workers = 0, 1
 
     def __init__(self, dropped: int = 0) -> None:
         self.dropped = dropped
@@ -90,6 +92,17 @@ def test_throughput_translates_the_whole_set_at_every_size() -> None:
     assert [len(batch) for batch in engine.batches] == [1] * 9 + [3] * 3
 
 
+@pytest.mark.parametrize("workers", [1, 3])
+def test_batches_are_translated_by_so_many_workers_at_a_time(workers: int) -> None:
+    together = threading.Barrier(workers, timeout=10)  # opens only when all have arrived
+
+    def translate(batch: int) -> int:
+        together.wait()
+        return -batch
+
+    assert translate_batches(translate, range(6), workers) == [0, -1, -2, -3, -4, -5]
+
+
 def test_fairseq_engine_equals_the_translator(trained: tuple[Path, Path]) -> None:
     data, teacher = trained
     engine = load_engine(str(teacher), data, BEAM)
@@ -124,6 +137,7 @@ def test_ctranslate2_translates_as_fairseq_does(trained: tuple[Path, Path]) -> N
     assert engine.parameters == pytest.approx(reference.parameters, abs=4)
     outputs = engine.translate(engine.encode(SOURCES[:2]), min_length=7, max_length=7)
     assert [len(output) for output in outputs] == [7, 7]
+    assert translate_in_parts(str(teacher), data, {"engine": "ctranslate2", **BEAM}) == expected
 
 
 def test_the_exported_student_translates_as_fairseq_does(tmp_path: Path) -> None:
@@ -133,10 +147,21 @@ def test_the_exported_student_translates_as_fairseq_does(tmp_path: Path) -> None
     student = str(make_student(data, tmp_path / "student.pt"))
     engine = load_engine(student, data, {"engine": "exported", "remove_repeats": True})
     reference = load_engine(student, data, {"remove_repeats": True})
-    assert translate_all(engine, SOURCES, 8) == translate_all(reference, SOURCES, 8)
+    expected = translate_all(reference, SOURCES, 8)
+    assert translate_all(engine, SOURCES, 8) == expected
     assert engine.parameters == reference.parameters
+    options = {"engine": "exported", "remove_repeats": True}
+    assert translate_in_parts(student, data, options) == expected
     with pytest.raises(UserError, match="CPU only"):
         load_engine(student, data, {"engine": "exported"}, device="cuda")
+
+
+def translate_in_parts(checkpoint: str, data: Path, options: dict[str, Any]) -> list[str]:
+    """Batches of one sentence each, two of them at a time."""
+    engine = load_engine(checkpoint, data, {**options, "workers": 2})
+    batches = [engine.encode([source]) for source in SOURCES]
+    outputs = translate_batches(engine.translate, batches, engine.workers)
+    return [engine.text(output) for (output,) in outputs]  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(
