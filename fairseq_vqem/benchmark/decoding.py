@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from fairseq_vqem.benchmark.contenders import (
     AR_BEAM,
     CT2_BEAM,
     Contender,
+    ForcedExported,
     Sizes,
     make_contenders,
 )
@@ -37,10 +39,24 @@ from fairseq_vqem.benchmark.tables import (
 from fairseq_vqem.benchmark.timing import Seconds, measure, speedup, summarise
 from fairseq_vqem.corpora.subwords import load_subwords
 from fairseq_vqem.errors import UserError
+from fairseq_vqem.export.standalone import Graph
 
+GRAPH_TITLES = {"encode": "encoder", "step": "predictor", "decode": "decoder"}
 THROUGHPUT = "Sentences/s (batch)"
 Rates = dict[tuple[int, int], dict[str, float]]
 """Sentences per second by (batch size, workers) and system."""
+
+
+@dataclass(frozen=True)
+class Timings:
+    """What was measured of each system."""
+
+    contenders: Mapping[str, Contender]
+    seconds: Mapping[str, Seconds]
+    rates: Rates
+    by_length: Mapping[int, Mapping[str, Seconds]]
+    profiles: Mapping[str, Mapping[str, float]]
+    """Mean milliseconds of a sentence by part."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +161,39 @@ def time_throughput(
     return found
 
 
+def time_graphs(contender: ForcedExported, workload: Workload) -> dict[str, float]:
+    """Mean milliseconds of a sentence in each graph of an exported student, and outside them."""
+    translator = contender.engine.translator
+    timed = {name: TimedGraph(graph) for name, graph in translator.graphs.items()}
+    calls = [
+        contender.prepare([text], length)
+        for text, length in zip(workload.sentences, workload.lengths, strict=True)
+    ]
+    calls[0]()
+    graphs, translator.graphs = translator.graphs, dict(timed)
+    start = time.perf_counter()
+    for call in calls:
+        call()
+    whole = time.perf_counter() - start
+    translator.graphs = graphs
+    spent = {GRAPH_TITLES[name]: graph.seconds for name, graph in timed.items()}
+    spent["search and the rest"] = whole - sum(spent.values())
+    return {title: 1000 * seconds / len(calls) for title, seconds in spent.items()}
+
+
+class TimedGraph(Graph):
+    """A graph of an exported student that counts the seconds spent in it."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph, self.inputs, self.seconds = graph, graph.inputs, 0.0
+
+    def __call__(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        start = time.perf_counter()
+        found = self.graph(values)
+        self.seconds += time.perf_counter() - start
+        return found
+
+
 def _by_index(calls: Sequence[Callable[[], object]]) -> Callable[[int], object]:
     return lambda index: calls[index]()
 
@@ -185,29 +234,27 @@ def _run(arguments: argparse.Namespace) -> int:
             )
             for length in arguments.lengths
         }
-    _report(arguments, sizes, contenders, workload, seconds, rates, by_length)
+        profiles = {
+            name: time_graphs(contender, workload)
+            for name, contender in contenders.items()
+            if isinstance(contender, ForcedExported)
+        }
+    timings = Timings(contenders, seconds, rates, by_length, profiles)
+    _report(arguments, sizes, workload, timings)
     return 0
 
 
 def _report(
-    arguments: argparse.Namespace,
-    sizes: Sizes,
-    contenders: Mapping[str, Contender],
-    workload: Workload,
-    seconds: Mapping[str, Seconds],
-    rates: Rates,
-    by_length: Mapping[int, Mapping[str, Seconds]],
+    arguments: argparse.Namespace, sizes: Sizes, workload: Workload, timings: Timings
 ) -> None:
-    rows = [
-        _row(name, contender, seconds, rates, by_length, arguments.seed)
-        for name, contender in contenders.items()
-    ]
+    rows = [_row(name, timings, arguments.seed) for name in timings.contenders]
     columns = [
         "system",
         "latency_median_ms",
         "latency_p90_ms",
         *(rows[0].extra or {}),
         "parameters",
+        "notes",
     ]
     table = ResultTable(arguments.name, rows, columns)
     signature = make_signature(data=arguments.data, seed=arguments.seed)
@@ -220,22 +267,17 @@ def _report(
             "mean_target_subwords": float(np.mean(workload.lengths)),
             "sentences_per_second": [
                 {"batch_size": size, "workers": workers, **each}
-                for (size, workers), each in rates.items()
+                for (size, workers), each in timings.rates.items()
             ],
+            "milliseconds_by_part": timings.profiles,
             "repeats": arguments.repeats,
         }
         write_table(arguments.output, table, signature, **details)
 
 
-def _row(
-    name: str,
-    contender: Contender,
-    seconds: Mapping[str, Seconds],
-    rates: Rates,
-    by_length: Mapping[int, Mapping[str, Seconds]],
-    seed: int,
-) -> ResultRow:
+def _row(name: str, timings: Timings, seed: int) -> ResultRow:
     extra: dict[str, float | str] = {}
+    seconds, rates, by_length = timings.seconds, timings.rates, timings.by_length
     for baseline in (AR_BEAM, CT2_BEAM):
         if baseline in seconds:
             gain = speedup(seconds[baseline], seconds[name], seed=seed)
@@ -252,6 +294,12 @@ def _row(
     return ResultRow(
         system=name,
         **latency_columns(seconds[name], seed=seed),
-        parameters=contender.parameters,
+        parameters=timings.contenders[name].parameters,
+        notes=_profile(timings.profiles[name]) if name in timings.profiles else None,
         extra=extra,
     )
+
+
+def _profile(parts: Mapping[str, float]) -> str:
+    whole = sum(parts.values())
+    return ", ".join(f"{title} {part / whole:.0%}" for title, part in parts.items())

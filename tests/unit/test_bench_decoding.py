@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import Mock, patch
@@ -20,7 +21,7 @@ from fairseq_vqem.benchmark.contenders import (
     Sizes,
     make_contenders,
 )
-from fairseq_vqem.benchmark.decoding import cut_to_length, read_workload
+from fairseq_vqem.benchmark.decoding import cut_to_length, read_workload, time_graphs
 from fairseq_vqem.benchmark.random_models import widen_vocabulary
 from fairseq_vqem.benchmark.splits import read_split
 from fairseq_vqem.benchmark.tables import read_table
@@ -93,6 +94,21 @@ def graph_calls(contender: ForcedExported, call: Callable[[], object]) -> tuple[
         call()
     (feed,) = decode.call_args.args
     return step.call_count, feed["codes"].shape()[1]
+
+
+def test_the_parts_of_an_exported_student_add_up(data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    found = make_contenders(SIZES, data, tmp_path, seed=1)[
+        "VQ-EM, 1-layer predictor, exported int8"
+    ]
+    assert isinstance(found, ForcedExported)
+    graphs = dict(found.engine.translator.graphs)
+    start = time.perf_counter()
+    parts = time_graphs(found, read_workload(data, 4))
+    assert set(parts) == {"encoder", "predictor", "decoder", "search and the rest"}
+    assert all(part > 0 for part in parts.values())
+    assert sum(parts.values()) * 4 < 1000 * (time.perf_counter() - start)
+    assert found.engine.translator.graphs == graphs
 
 
 def codes_of(generator, contender: ForcedStudent, batch) -> int:  # type: ignore[no-untyped-def]
