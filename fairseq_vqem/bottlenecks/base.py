@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Self, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -157,16 +157,6 @@ class Bottleneck(nn.Module):
 
     def discard(self) -> None:
         """Forget the statistics gathered since the last ``commit``."""
-
-    def train(self, mode: bool = True) -> Self:
-        """As torch; fairseq calls it before each update, once for all accumulated batches.
-
-        An update given up for an overflow in half precision never reaches ``commit``: what it
-        gathered is forgotten here.
-        """
-        if mode:
-            self.discard()
-        return super().train(mode)
 
 
 BOTTLENECKS: dict[str, type[Bottleneck]] = {}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.generation.latent_search import search_latents
-from fairseq_vqem.generation.parts import in_parts
+from fairseq_vqem.generation.parts import in_parts, refuse_forced_words
 from fairseq_vqem.generation.records import LatentHypothesis, LatentSearchOptions
 from fairseq_vqem.models.vqem_transformer import VQEMTransformer
 
@@ -82,10 +82,7 @@ class LatentGenerator(IterativeRefinementGenerator):
         constraints: Tensor | None = None,
     ) -> list[list[dict[str, Any]]]:
         """Hypotheses of each sentence of ``sample``, best first, ``candidates`` each."""
-        if prefix_tokens is not None or constraints is not None:
-            raise UserError(
-                "parallel decoding takes no --prefix-size and no --constraints: drop the option"
-            )
+        refuse_forced_words(prefix_tokens, constraints)
         for model in models:
             model.eval()
         found: list[list[dict[str, Any]]] = []

@@ -1,4 +1,4 @@
-"""Large batches of candidates in parts that fit into memory."""
+"""What the parallel generators share: batches in parts that fit into memory, a refusal."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
+
+from fairseq_vqem.errors import UserError
 
 MOST_TOKENS = 8192
 """Source tokens times candidates decoded in one batch: 1-2 GB of logits."""
@@ -23,3 +25,11 @@ def in_parts(sample: dict[str, Any], candidates: int) -> Iterator[tuple[Tensor, 
     if candidates > 1:
         size = max(1, MOST_TOKENS // (candidates * width))
     yield from zip(inputs["src_tokens"].split(size), inputs["src_lengths"].split(size), strict=True)
+
+
+def refuse_forced_words(prefix_tokens: Tensor | None, constraints: Tensor | None) -> None:
+    """Raise UserError if words are prescribed, which only left-to-right decoding can obey."""
+    if prefix_tokens is not None or constraints is not None:
+        raise UserError(
+            "parallel decoding takes no --prefix-size and no --constraints: drop the option"
+        )

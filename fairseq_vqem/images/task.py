@@ -9,13 +9,13 @@ from typing import Any
 from fairseq.dataclass import FairseqDataclass
 from fairseq.tasks import FairseqTask, register_task
 from omegaconf import MISSING
-from torch import Tensor
 
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.images.criterion import ImageLoss
 from fairseq_vqem.images.dataset import PictureDataset
 from fairseq_vqem.images.folder import PictureFolder
 from fairseq_vqem.images.model import VQEMImage
+from fairseq_vqem.tasks.codebook import LearnsCodebook
 
 
 @dataclass
@@ -26,7 +26,7 @@ class ImageVQEMConfig(FairseqDataclass):
 
 
 @register_task("image_vqem", dataclass=ImageVQEMConfig)
-class ImageVQEMTask(FairseqTask):
+class ImageVQEMTask(LearnsCodebook, FairseqTask):
     """Reads a prepared picture folder; one M step of the codebook per optimiser step.
 
     Attributes:
@@ -63,24 +63,6 @@ class ImageVQEMTask(FairseqTask):
                 "--task image_vqem needs its own loss: pass --criterion image_vqem_loss"
             )
         return criterion
-
-    def train_step(
-        self,
-        sample: dict[str, Any],
-        model: Any,
-        criterion: Any,
-        optimizer: Any,
-        update_num: int,
-        ignore_grad: bool = False,
-    ) -> tuple[Tensor, int, dict[str, Any]]:
-        """As fairseq; a dummy batch (``ignore_grad``) leaves no trace in the codebook."""
-        model.bottleneck.gathers = not ignore_grad
-        return super().train_step(sample, model, criterion, optimizer, update_num, ignore_grad)
-
-    def optimizer_step(self, optimizer: Any, model: Any, update_num: int) -> None:
-        """One M step of the codebook per optimiser step, whatever the gradient accumulation."""
-        super().optimizer_step(optimizer, model, update_num)
-        model.bottleneck.commit()
 
     def max_positions(self) -> None:
         return None

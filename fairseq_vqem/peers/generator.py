@@ -10,8 +10,7 @@ from fairseq.data import Dictionary
 from fairseq.iterative_refinement_generator import IterativeRefinementGenerator
 from torch import Tensor, nn
 
-from fairseq_vqem.errors import UserError
-from fairseq_vqem.generation.parts import in_parts
+from fairseq_vqem.generation.parts import in_parts, refuse_forced_words
 from fairseq_vqem.peers.rules import check_generation, rules_of
 
 
@@ -73,10 +72,7 @@ class ParallelGenerator(IterativeRefinementGenerator):
         constraints: Tensor | None = None,
     ) -> list[list[dict[str, Any]]]:
         """One list per sentence of ``sample`` with its best hypothesis (BOS, words, EOS)."""
-        if prefix_tokens is not None or constraints is not None:
-            raise UserError(
-                "parallel decoding takes no --prefix-size and no --constraints: drop the option"
-            )
+        refuse_forced_words(prefix_tokens, constraints)
         models = [*models, self.own_scores] if self.own_scores else models
         found: list[list[dict[str, Any]]] = []
         for src_tokens, src_lengths in in_parts(sample, self.beam_size):

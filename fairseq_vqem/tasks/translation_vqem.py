@@ -21,6 +21,7 @@ from fairseq_vqem.generation.latent_generator import RESCORES, LatentGenerator, 
 from fairseq_vqem.generation.records import LatentSearchOptions
 from fairseq_vqem.models.config import option
 from fairseq_vqem.models.vqem_transformer import VQEMTransformer
+from fairseq_vqem.tasks.codebook import LearnsCodebook
 from fairseq_vqem.tasks.noise import drop_words, shuffle_words
 
 BLEU_ORDERS = 4
@@ -52,7 +53,7 @@ class TranslationVQEMConfig(TranslationConfig):
 
 
 @register_task("translation_vqem", dataclass=TranslationVQEMConfig)
-class TranslationVQEMTask(TranslationTask):
+class TranslationVQEMTask(LearnsCodebook, TranslationTask):
     """fairseq's translation task with codebook updates, latent decoding and its two BLEUs."""
 
     cfg: TranslationVQEMConfig
@@ -100,24 +101,12 @@ class TranslationVQEMTask(TranslationTask):
     # ------------------------------------------------------------------ training
 
     def train_step(
-        self,
-        sample: dict[str, Any],
-        model: Any,
-        criterion: Any,
-        optimizer: Any,
-        update_num: int,
-        ignore_grad: bool = False,
+        self, sample: dict[str, Any], *args: Any, **kwargs: Any
     ) -> tuple[Tensor, int, dict[str, Any]]:
-        """As fairseq; a dummy batch (``ignore_grad``) leaves no trace in the codebook."""
+        """As every task with a codebook, on a noised target if asked for."""
         if self.cfg.word_dropout or self.cfg.word_shuffle:
             sample["net_input"]["noised_target"] = self.noise(sample["target"])
-        model.bottleneck.gathers = not ignore_grad
-        return super().train_step(sample, model, criterion, optimizer, update_num, ignore_grad)
-
-    def optimizer_step(self, optimizer: Any, model: Any, update_num: int) -> None:
-        """One M step of the codebook per optimiser step, whatever the gradient accumulation."""
-        super().optimizer_step(optimizer, model, update_num)
-        model.bottleneck.commit()
+        return super().train_step(sample, *args, **kwargs)
 
     def noise(self, target: Tensor) -> Tensor:
         """The target as the target encoder sees it (denoising, Appendix C)."""

@@ -79,20 +79,6 @@ def test_discard_forgets(kind: str) -> None:
     assert_same_state(before, state(bottleneck))
 
 
-@pytest.mark.parametrize("kind", EM_KINDS)
-def test_an_update_given_up_for_overflow_leaves_no_trace(kind: str) -> None:
-    given_up = make_em(kind)
-    untouched = copy.deepcopy(given_up)
-    given_up(torch.randn(7, 4))
-    given_up.observe(torch.randn(7, 4))
-    for bottleneck in (given_up, untouched):
-        torch.manual_seed(1)
-        bottleneck.train()  # as fairseq's trainer does before each update
-        bottleneck(torch.randn(9, 4))
-        bottleneck.commit()
-    assert_same_state(state(given_up), state(untouched))
-
-
 def test_a_bottleneck_that_does_not_gather_keeps_what_it_has() -> None:
     """A dummy batch among accumulated ones must not cost the others their statistics."""
     torch.manual_seed(0)
