@@ -144,10 +144,9 @@ class EMACodebook(Float32Buffers):
         """Forget what was gathered since the last ``commit``."""
         self._pending_observations = []
         self._pending_rows = []
-        if self._has_pending_hits:
-            self._has_pending_hits = False
-            self.pending_counts.zero_()
-            self.pending_sums.zero_()
+        self._has_pending_hits = False
+        self.pending_counts.zero_()
+        self.pending_sums.zero_()
 
     def _maximise(self) -> None:
         if self.remembers and self.remembered.size(0):

@@ -1,7 +1,7 @@
 """A folder of codes: what the latent prior is trained on.
 
 Like a picture folder (``folder.py``), with ``SPLIT.codes.npy`` (int64 ``[N, L]``) in place of
-pictures. Its manifest also says what the decoder's part of the likelihood costs.
+pictures.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 from fairseq_vqem.corpora.files import file_sha256, read_json, replacing, write_json
 from fairseq_vqem.errors import UserError
-from fairseq_vqem.images.evaluate import load_model, reconstruct
+from fairseq_vqem.images.evaluate import encode, load_model
 from fairseq_vqem.images.folder import MANIFEST, PictureFolder
 
 KIND = "codes"
@@ -47,7 +47,6 @@ class CodeFolder:
     Attributes:
         shape: of the codes.
         class_shares: how often each class occurs in the training split.
-        likelihood_bits: split -> bits per value of the pictures given their codes.
 
     Raises:
         UserError: the folder or its manifest is missing or damaged.
@@ -61,12 +60,17 @@ class CodeFolder:
                 raise KeyError(KIND)
             self.shape = CodeShape(**self.manifest["shape"])
             self.class_shares: list[float] = self.manifest["class_shares"]
-            self.likelihood_bits: dict[str, float] = self.manifest["likelihood_bits"]
         except (KeyError, TypeError) as error:
             raise UserError(
                 f"{path / MANIFEST} does not describe codes ({error}): give a folder of codes that"
                 " fairseq-vqem images wrote"
             ) from error
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """Checksums of the autoencoder, of its data and of the codes by split."""
+        codes = {split: each["codes"] for split, each in self.manifest["splits"].items()}
+        return {**self.manifest["origin"], **codes}
 
     def read(self, split: str) -> tuple[np.ndarray, np.ndarray]:
         """Codes ``[N, L]`` and labels ``[N]``; ``UserError`` where they are missing or changed."""
@@ -95,15 +99,13 @@ def write_codes(
         return CodeFolder(out)
     model = load_model(checkpoint, data, device)
     manifest: dict[str, Any] = {"kind": KIND, "origin": origin, "splits": {}}
-    manifest["likelihood_bits"] = {}
     (out / MANIFEST).unlink(missing_ok=True)
     for split in splits:
         pictures, labels = folder.read(split)
-        made = reconstruct(model, pictures, folder.shape)
-        bits = -made.log_likelihoods.sum() / np.log(2.0) / pictures.size
-        manifest["likelihood_bits"][split] = float(bits)
         recorded = {}
-        for kind, array in zip(ARRAYS, (made.codes, labels), strict=True):
+        for kind, array in zip(
+            ARRAYS, (encode(model, pictures, folder.shape), labels), strict=True
+        ):
             file = out / f"{split}.{kind}.npy"
             with replacing(file) as temporary, temporary.open("wb") as sink:
                 np.save(sink, array)

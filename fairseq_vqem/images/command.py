@@ -38,15 +38,15 @@ def _run(arguments: argparse.Namespace) -> int:
         arguments.downloads,
     )
     started = time.monotonic()
-    print(reconstruct(experiment), flush=True)
+    print(run_reconstruction(experiment), flush=True)
     if experiment.recipe.generation is not None:
-        print(f"\n{generate(experiment)}")
+        print(f"\n{run_generation(experiment)}")
     print(f"\nPictures and results: {experiment.out}")
     print(f"Took {(time.monotonic() - started) / 60:.1f} minutes.")
     return 0
 
 
-def reconstruct(experiment: Experiment) -> str:
+def run_reconstruction(experiment: Experiment) -> str:
     """Train and evaluate every system with every seed; the table as text."""
     folder = experiment.folder
     print(f"{folder.name}: data checksum {folder.checksum}", flush=True)
@@ -62,7 +62,7 @@ def reconstruct(experiment: Experiment) -> str:
     return write_reconstruction_report(experiment, evaluations)
 
 
-def generate(experiment: Experiment) -> str:
+def run_generation(experiment: Experiment) -> str:
     """Priors, samples and their measures for one seed of each system; the table as text."""
     wanted = experiment.recipe.generation
     assert wanted is not None

@@ -25,13 +25,14 @@ BATCH = 250
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics of one split, of reconstructions rounded to levels.
+    """Metrics of one split.
 
     Attributes:
-        mse: in squared levels.
+        mse: in squared levels, of reconstructions rounded to levels, as ``psnr`` and ``ssim`` are.
         psnr: in dB, of ``mse``.
         ssim: average over pictures.
-        likelihood_bits: -log2 p(picture | its codes) per value; what the codes cost is not in it.
+        likelihood_bits: -log2 p(picture | its codes) per value, by the decoder's unrounded means;
+            what the codes cost is not in it.
         code_perplexity: of all codes of the split together.
         codes_used: share of the codes that occur at all.
         codebook_size: codes of one codebook, the most that the perplexity can be.
@@ -54,6 +55,11 @@ class Reconstructions:
     pictures: np.ndarray
     codes: np.ndarray
     log_likelihoods: np.ndarray
+
+    @property
+    def likelihood_bits(self) -> float:
+        """-log2 p(picture | its codes) per value."""
+        return float(-self.log_likelihoods.sum() * NATS_TO_BITS / self.pictures.size)
 
 
 def load_model(checkpoint: Path, data: Path, device: str = "cpu") -> VQEMImage:
@@ -90,6 +96,17 @@ def reconstruct(model: VQEMImage, pictures: np.ndarray, shape: PictureShape) -> 
     return Reconstructions(*(np.concatenate(each) for each in zip(*parts, strict=True)))
 
 
+@torch.no_grad()
+def encode(model: VQEMImage, pictures: np.ndarray, shape: PictureShape) -> np.ndarray:
+    """The codes ``[N, L]`` of ``pictures`` ``[N, C, H, W]``, N at least 1."""
+    device = model.scale.weight.device
+    parts = [
+        model.posterior_codes(shape.pad(torch.from_numpy(batch).to(device))).cpu().numpy()
+        for batch in batches(pictures)
+    ]
+    return np.concatenate(parts)
+
+
 def batches(rows: np.ndarray) -> Iterator[np.ndarray]:
     """``rows`` in their order, ``BATCH`` at a time."""
     for start in range(0, len(rows), BATCH):
@@ -103,7 +120,7 @@ def evaluate(model: VQEMImage, originals: np.ndarray, made: Reconstructions) -> 
         mse=error,
         psnr=psnr(error),
         ssim=ssim(originals, made.pictures),
-        likelihood_bits=float(-made.log_likelihoods.sum() * NATS_TO_BITS / originals.size),
+        likelihood_bits=made.likelihood_bits,
         code_perplexity=usage.perplexity,
         codes_used=usage.smoothed_value,
         codebook_size=model.latent_dictionary.base,

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from fairseq_vqem.corpora.files import file_sha256, read_json, write_json
+from fairseq_vqem.errors import UserError
 from fairseq_vqem.images import sampling
 from fairseq_vqem.images.codes import write_codes
 from fairseq_vqem.images.evaluate import Evaluation, evaluate, load_model, reconstruct
@@ -23,7 +24,7 @@ from fairseq_vqem.pipeline.recipe import Options, flags
 from fairseq_vqem.pipeline.training import train
 
 USER_DIR = str(Path(__file__).parents[1])
-EVALUATION, GENERATION = "evaluation.json", "generation.json"
+EVALUATION, MEASURES = "evaluation.json", "measures.json"
 RECONSTRUCTIONS, SAMPLES, SAMPLES_BY_CLASS = "grid.png", "samples.png", "samples-by-class.png"
 SAMPLES_PER_CLASS = 10
 SPLIT = "test"
@@ -50,11 +51,17 @@ class Experiment:
 
     @cached_property
     def folder(self) -> PictureFolder:
-        """The prepared pictures."""
-        if self.given is not None:
-            return PictureFolder(self.given)
+        """The prepared pictures; ``UserError`` where they are of another data set."""
         recipe = self.recipe
-        return prepare_pictures(recipe.corpus, self.downloads, self.data, recipe.valid_size)
+        if self.given is None:
+            return prepare_pictures(recipe.corpus, self.downloads, self.data, recipe.valid_size)
+        folder = PictureFolder(self.given)
+        if folder.name != recipe.corpus:
+            raise UserError(
+                f"--data {self.given} holds {folder.name}, but the recipe {recipe.name} is of"
+                f" {recipe.corpus}: give a folder of that, or name the other corpus in the recipe"
+            )
+        return folder
 
     @cached_property
     def originals(self) -> np.ndarray:
@@ -82,11 +89,18 @@ def train_run(experiment: Experiment, system: str, seed: int) -> Path:
     options = {**experiment.recipe.common, **experiment.recipe.systems[system]}
     words = ["--task", "image_vqem", "--criterion", "image_vqem_loss"]
     words += ["--best-checkpoint-metric", "mse"]
-    return _train(experiment, experiment.data, experiment.run(system, seed), words, options, seed)
+    origin, folder = {"data": experiment.folder.checksum}, experiment.run(system, seed)
+    return _train(experiment, experiment.data, origin, folder, words, options, seed)
 
 
 def _train(
-    experiment: Experiment, data: Path, folder: Path, words: list[str], options: Options, seed: int
+    experiment: Experiment,
+    data: Path,
+    origin: dict[str, str],
+    folder: Path,
+    words: list[str],
+    options: Options,
+    seed: int,
 ) -> Path:
     updates = int(options["max_update"])
     rest = {name: value for name, value in options.items() if name != "max_update"}
@@ -94,23 +108,27 @@ def _train(
     words += ["--seed", str(seed), *([] if experiment.device == "cuda" else ["--cpu"])]
     folder.mkdir(parents=True, exist_ok=True)
     title = str(folder.relative_to(experiment.out))
-    return train(folder, [*words, *flags(rest)], title, updates)
+    return train(folder, [*words, *flags(rest)], title, updates, origin)
 
 
 def evaluate_run(experiment: Experiment, system: str, seed: int) -> Evaluation:
     """Metrics on the test split, and the grid of the first pictures."""
     folder = experiment.run(system, seed)
     checkpoint = folder / "checkpoint_best.pt"
-    origin = {"checkpoint": file_sha256(checkpoint), "data": experiment.folder.checksum}
+    count = experiment.recipe.shown
+    origin = {
+        "checkpoint": file_sha256(checkpoint),
+        "data": experiment.folder.checksum,
+        "shown": count,
+    }
     kept = _kept(folder / EVALUATION, origin)
     if kept is not None:
         return Evaluation(**kept)
     model = load_model(checkpoint, experiment.data, experiment.device)
     made = reconstruct(model, experiment.originals, experiment.folder.shape)
     result = evaluate(model, experiment.originals, made)
-    shown = slice(0, experiment.recipe.shown)
-    write_comparison(folder / RECONSTRUCTIONS, experiment.originals[shown], made.pictures[shown])
-    np.save(folder / "shown.npy", made.pictures[shown])
+    write_comparison(folder / RECONSTRUCTIONS, experiment.originals[:count], made.pictures[:count])
+    np.save(folder / "shown.npy", made.pictures[:count])
     write_json(folder / EVALUATION, {"origin": origin, "result": asdict(result)})
     return result
 
@@ -130,7 +148,8 @@ class Generated:
         known_class_bits: cost of the codes per value, given the class.
         unknown_class_bits: cost of the codes per value.
         sample_distance: feature distance of samples to the test pictures.
-        reconstruction_distance: that of reconstructions of the test pictures.
+        reconstruction_distance: that of reconstructions of these same test pictures. Each has its
+            original among them, so that it is no yardstick of samples.
     """
 
     likelihood_bits: float
@@ -141,16 +160,16 @@ class Generated:
 
 
 def features(experiment: Experiment, wanted: Generation) -> tuple[FeatureSpace, float]:
-    """The feature network, and the distance of training pictures to the test pictures.
+    """The feature network, and the distance of the validation pictures to the test pictures.
 
-    As many training pictures as samples are drawn: no model can be expected to come nearer.
+    Neither were seen by the network. Their number is not that of the samples, and the distance of
+    few pictures is the larger by chance, so this is what real pictures come to, not a bound.
     """
     space = feature_space(
         experiment.folder, experiment.out / "features.pt", wanted.feature_epochs, wanted.seed
     )
-    real = experiment.folder.read("train").pictures[: wanted.samples]
-    floor = frechet_distance(space.describe(real), space.describe(experiment.originals))
-    return space, floor
+    real = experiment.folder.read("valid").pictures
+    return space, frechet_distance(space.describe(real), space.describe(experiment.originals))
 
 
 def generate(experiment: Experiment, system: str, space: FeatureSpace) -> Generated:
@@ -161,17 +180,18 @@ def generate(experiment: Experiment, system: str, space: FeatureSpace) -> Genera
     autoencoder = run / "checkpoint_best.pt"
     codes = write_codes(autoencoder, experiment.data, folder / "codes", SPLITS, experiment.device)
     words = ["--task", "image_prior", "--criterion", "image_prior_loss"]
-    checkpoint = _train(experiment, codes.path, folder / "prior", words, wanted.prior, wanted.seed)
+    checkpoint = _train(
+        experiment, codes.path, codes.origin, folder / "prior", words, wanted.prior, wanted.seed
+    )
     origin = {
         "checkpoints": [file_sha256(autoencoder), file_sha256(checkpoint)],
         "options": [wanted.samples, wanted.temperature, wanted.feature_epochs],
     }
-    kept = _kept(folder / GENERATION, origin)
+    kept = _kept(folder / MEASURES, origin)
     if kept is not None:
         return Generated(**kept)
     model = load_model(autoencoder, experiment.data, experiment.device)
     prior = sampling.load_prior(checkpoint, codes.path, experiment.device)
-    bits = sampling.bits_per_dimension(prior, codes, SPLIT)
     labels = sampling.draw_labels(codes.class_shares, wanted.samples, wanted.seed)
     shape = experiment.folder.shape
     samples = sampling.sample_pictures(prior, model, shape, labels, wanted.seed, wanted.temperature)
@@ -181,16 +201,17 @@ def generate(experiment: Experiment, system: str, space: FeatureSpace) -> Genera
         prior, model, shape, ordered, wanted.seed + 1, wanted.temperature
     )
     write_grid(folder / SAMPLES_BY_CLASS, by_class, columns=SAMPLES_PER_CLASS)
-    made = reconstruct(model, experiment.originals, shape).pictures
+    made = reconstruct(model, experiment.originals, shape)
+    bits = sampling.bits_per_dimension(prior, codes, SPLIT, made.likelihood_bits)
     real = space.describe(experiment.originals)
     result = Generated(
         bits.likelihood,
         bits.known_class,
         bits.unknown_class,
         frechet_distance(space.describe(samples), real),
-        frechet_distance(space.describe(made), real),
+        frechet_distance(space.describe(made.pictures), real),
     )
-    write_json(folder / GENERATION, {"origin": origin, "result": asdict(result)})
+    write_json(folder / MEASURES, {"origin": origin, "result": asdict(result)})
     return result
 
 

@@ -25,6 +25,8 @@ KIND = "pictures"
 SPLITS = ("train", "valid", "test")
 ARRAYS = ("pictures", "labels")
 CHECKSUM_DIGITS = 12
+CHUNK = 1 << 24
+"""So many values are counted at once: numpy makes 8 bytes of each."""
 
 
 class PictureFolder:
@@ -142,7 +144,7 @@ def pixel_variance(pictures: np.ndarray) -> float:
         UserError: all levels are equal, so that there is nothing to learn.
     """
     counts = np.zeros(LEVELS, np.int64)
-    for part in np.array_split(pictures.reshape(-1), max(1, pictures.size >> 24)):
+    for part in np.array_split(pictures.reshape(-1), -(-pictures.size // CHUNK)):
         counts += np.bincount(part, minlength=LEVELS)
     shares, levels = counts / counts.sum(), np.arange(LEVELS) / 127.5
     variance = float(shares @ levels**2 - (shares @ levels) ** 2)

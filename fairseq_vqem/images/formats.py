@@ -55,7 +55,7 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     Raises:
         UserError: it is missing, truncated or no such file.
     """
-    content = _content(path)
+    content = content_of(path)
     header = 4 + 4 * dimensions
     if content[:4] != IDX_BYTES + bytes([dimensions]) or len(content) < header:
         raise UserError(
@@ -142,7 +142,12 @@ def _labelled(pictures: np.ndarray, labels: np.ndarray, source: str) -> Labelled
     return Labelled(np.ascontiguousarray(pictures), labels.astype(np.int64))
 
 
-def _content(path: Path) -> bytes:
+def content_of(path: Path) -> bytes:
+    """The bytes of a file, of a gzipped one those that were compressed.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
     with _open(path) as stream:
         content = stream.read()
     if content[:2] != GZIP_MAGIC:

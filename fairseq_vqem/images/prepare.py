@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import shutil
 import subprocess
@@ -16,12 +17,18 @@ from fairseq_vqem.corpora.debian.apt import PackageStore
 from fairseq_vqem.corpora.files import file_sha256
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.images.folder import PictureFolder, write_folder
-from fairseq_vqem.images.formats import Labelled, read_cifar_batch, read_idx_pair, read_svhn
+from fairseq_vqem.images.formats import (
+    Labelled,
+    content_of,
+    read_cifar_batch,
+    read_idx_pair,
+    read_svhn,
+)
 
 FASHION_MNIST, CIFAR_10, SVHN = "fashion-mnist", "cifar-10", "svhn"
 FASHION_MNIST_PACKAGE = "dataset-fashion-mnist"
 VALID_PICTURES = 5000
-Files = Mapping[str, tuple[str, ...]]
+Files = Mapping[str, Mapping[str, str]]
 
 
 @dataclass(frozen=True)
@@ -29,7 +36,9 @@ class PictureCorpus:
     """A data set as its authors distribute it.
 
     Attributes:
-        files: split (train or test) -> names of its files.
+        files: split (train or test) -> file name -> MD5 of its content, not compressed, as
+            published or as torchvision records it. It tells data sets apart; who distrusts a
+            download needs another checksum.
         read: those files of one split to pictures and labels.
         classes: names by class number.
     """
@@ -56,8 +65,14 @@ def _read_svhn_file(files: list[Path]) -> Labelled:
 CORPORA: dict[str, PictureCorpus] = {
     FASHION_MNIST: PictureCorpus(
         {
-            "train": ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),
-            "test": ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"),
+            "train": {
+                "train-images-idx3-ubyte.gz": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
+                "train-labels-idx1-ubyte.gz": "9018921c3c673c538a1fc5bad174d6f9",
+            },
+            "test": {
+                "t10k-images-idx3-ubyte.gz": "8181f5470baa50b63fa0f6fddb340f0a",
+                "t10k-labels-idx1-ubyte.gz": "15d484375f8d13e6eb1aabb0c3f46965",
+            },
         },
         _read_idx_files,
         (
@@ -67,8 +82,14 @@ CORPORA: dict[str, PictureCorpus] = {
     ),
     CIFAR_10: PictureCorpus(
         {
-            "train": tuple(f"data_batch_{number}" for number in range(1, 6)),
-            "test": ("test_batch",),
+            "train": {
+                "data_batch_1": "c99cafc152244af753f735de768cd75f",
+                "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+                "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+                "data_batch_4": "634d18415352ddfa80567beed471001a",
+                "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+            },
+            "test": {"test_batch": "40351d587109b95175f43aff81a1287e"},
         },
         _read_cifar_batches,
         (
@@ -77,7 +98,10 @@ CORPORA: dict[str, PictureCorpus] = {
         ),
     ),
     SVHN: PictureCorpus(
-        {"train": ("train_32x32.mat",), "test": ("test_32x32.mat",)},
+        {
+            "train": {"train_32x32.mat": "e26dedcc434d2e4c54c9b2d4a06d8373"},
+            "test": {"test_32x32.mat": "eb5a983be6a315427106f1b164d9cef3"},
+        },
         _read_svhn_file,
         tuple(map(str, range(10))),
     ),
@@ -110,7 +134,7 @@ def fetch_fashion_mnist(work: Path) -> Path:
     Raises:
         UserError: apt is missing, or has no such package.
     """
-    wanted = CORPORA[FASHION_MNIST].files["train"][0]
+    wanted = next(iter(CORPORA[FASHION_MNIST].files["train"]))
     unpacked = work / "unpacked" / FASHION_MNIST_PACKAGE
     if not unpacked.is_dir():
         PicturePackages(work, "en").fetch([FASHION_MNIST_PACKAGE])
@@ -124,7 +148,11 @@ def fetch_fashion_mnist(work: Path) -> Path:
 
 
 def prepare_pictures(
-    name: str, downloads: Path | None, out: Path, valid: int = VALID_PICTURES
+    name: str,
+    downloads: Path | None,
+    out: Path,
+    valid: int = VALID_PICTURES,
+    any_content: bool = False,
 ) -> PictureFolder:
     """Make a prepared folder in ``out``; one made from the same files before is kept.
 
@@ -132,19 +160,19 @@ def prepare_pictures(
         name: a key of ``CORPORA``.
         downloads: folder of the original files; None fetches Fashion-MNIST's Debian package.
         valid: so many of the last training pictures become the split valid.
+        any_content: take files that are not the published ones, such as a part of them.
 
     Raises:
-        UserError: a file is missing or damaged, or ``valid`` leaves no training pictures.
+        UserError: a file is missing, damaged or another data set's, or ``valid`` leaves no training
+            pictures.
     """
-    corpus = CORPORA[name]
     if downloads is None:
         if name != FASHION_MNIST:
             raise UserError(f"{name} cannot be fetched: pass --downloads, the folder of its files")
         downloads = fetch_fashion_mnist(out / "work")
-    paths = {split: [downloads / file for file in files] for split, files in corpus.files.items()}
-    absent = [str(path) for files in paths.values() for path in files if not path.is_file()]
-    if absent:
-        raise UserError(f"{name} lacks {', '.join(absent)}: check --downloads")
+    corpus, paths = CORPORA[name], _source_files(name, downloads)
+    if not any_content:
+        _check_contents(name, downloads)
     sources = {path.name: file_sha256(path) for files in paths.values() for path in files}
     kept = _kept(out, name, sources, valid)
     if kept is not None:
@@ -163,6 +191,28 @@ def prepare_pictures(
     }
     write_folder(out, name, splits, corpus.classes, sources)
     return PictureFolder(out)
+
+
+def _source_files(name: str, downloads: Path) -> dict[str, list[Path]]:
+    """The files of each split; ``UserError`` names those that are missing."""
+    files = CORPORA[name].files
+    paths = {split: [downloads / file for file in files[split]] for split in files}
+    absent = [str(path) for each in paths.values() for path in each if not path.is_file()]
+    if absent:
+        raise UserError(f"{name} lacks {', '.join(absent)}: check --downloads")
+    return paths
+
+
+def _check_contents(name: str, downloads: Path) -> None:
+    """Refuse files of the right names that hold something else, such as MNIST's digits."""
+    for files in CORPORA[name].files.values():
+        for file, expected in files.items():
+            content = content_of(downloads / file)
+            if hashlib.md5(content, usedforsecurity=False).hexdigest() != expected:
+                raise UserError(
+                    f"{downloads / file} is not that file of {name}: get it anew, or pass"
+                    " --any-content to fairseq-vqem prepare if it is meant to differ"
+                )
 
 
 def _kept(out: Path, name: str, sources: dict[str, str], valid: int) -> PictureFolder | None:
@@ -197,12 +247,21 @@ def register(corpora: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
             metavar="N",
             help="training pictures kept for validation, from the end (default: %(default)s)",
         )
+        parser.add_argument(
+            "--any-content",
+            action="store_true",
+            help="take files that differ from the published ones, such as a part of them",
+        )
         parser.set_defaults(run=_run, corpus=name)
 
 
 def _run(arguments: argparse.Namespace) -> int:
     folder = prepare_pictures(
-        arguments.corpus, arguments.downloads, arguments.out, arguments.valid_size
+        arguments.corpus,
+        arguments.downloads,
+        arguments.out,
+        arguments.valid_size,
+        arguments.any_content,
     )
     counts = {split: each["count"] for split, each in folder.manifest["splits"].items()}
     print(", ".join(f"{split}: {count} pictures" for split, count in counts.items()))

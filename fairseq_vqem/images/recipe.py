@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -44,7 +46,9 @@ class ImageRecipe:
         corpus: data set, as ``fairseq-vqem prepare`` calls it.
         common: fairseq-train options of all systems.
         systems: for each system by name, its further fairseq-train options.
-        seeds: each system is trained once with each.
+        seeds: each system is trained once with each. They lie further apart than a training has
+            updates: fairseq draws the noise of an update from the sum of seed and update, and the
+            order of an epoch from that of seed and epoch.
         collapse_below: a run counts as collapsed if its codebook perplexity on the test split is
             below this share of the codebook's size.
         shown: pictures of the grids.
@@ -81,16 +85,47 @@ def read_image_recipe(path: Path) -> ImageRecipe:
         )
     if content["corpus"] not in CORPORA:
         raise UserError(f"{path}: the corpus {content['corpus']} is none of {', '.join(CORPORA)}")
+    _check_options(path, content)
     generation = content.get("generation")
     try:
         recipe = ImageRecipe(**{**content, "generation": generation and Generation(**generation)})
     except TypeError as error:
         raise UserError(f"{path}: generation has wrong keys ({error})") from error
+    if not isinstance(recipe.seeds, list) or not all(isinstance(n, int) for n in recipe.seeds):
+        raise UserError(f"{path}: the seeds {recipe.seeds} are no list of whole numbers")
     if not recipe.seeds or not recipe.systems or recipe.shown < 1:
         raise UserError(f"{path} needs at least one seed, one system and one picture to be shown")
+    _check_seeds(path, recipe)
     if recipe.generation:
         _check_generation(path, recipe, recipe.generation)
     return recipe
+
+
+def _check_options(path: Path, content: dict[str, Any]) -> None:
+    """What stands where options should, and that each training knows its length."""
+    common, systems = content["common"], content["systems"]
+    for name, value in (("common", common), ("systems", systems)):
+        if not isinstance(value, dict):
+            raise UserError(f"{path}: {name} holds no keys: write it as `{name}:` and lines below")
+    for system, own in systems.items():
+        if not isinstance(own, dict):
+            raise UserError(f"{path}: the system {system} has no options: name its bottleneck")
+        if not _is_count({**common, **own}.get("max_update")):
+            raise UserError(f"{path}: the system {system} needs max_update, a whole number from 1")
+
+
+def _check_seeds(path: Path, recipe: ImageRecipe) -> None:
+    updates = max({**recipe.common, **own}["max_update"] for own in recipe.systems.values())
+    for one, other in pairwise(sorted(recipe.seeds)):
+        if other - one < updates:
+            raise UserError(
+                f"{path}: the seeds {one} and {other} are nearer than {updates} updates, so that"
+                " fairseq would use the same random numbers in both: take 1, 10001, 20001 …"
+            )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and value > 0
 
 
 def _check_generation(path: Path, recipe: ImageRecipe, wanted: Generation) -> None:
@@ -99,5 +134,10 @@ def _check_generation(path: Path, recipe: ImageRecipe, wanted: Generation) -> No
     unknown = set(wanted.systems or ()) - set(recipe.systems)
     if unknown:
         raise UserError(f"{path}: generation names {sorted(unknown)}, which are no systems")
-    if wanted.samples < 2 or "max_update" not in wanted.prior:
+    updates = wanted.prior.get("max_update") if isinstance(wanted.prior, dict) else None
+    if wanted.samples < 2 or not _is_count(updates):
         raise UserError(f"{path}: generation needs 2 samples or more and the prior's max_update")
+    if wanted.temperature <= 0.0 or wanted.feature_epochs < 1:
+        raise UserError(
+            f"{path}: generation needs a temperature above 0 and 1 or more feature_epochs"
+        )

@@ -35,8 +35,8 @@ METRICS: dict[str, tuple[str, int, float]] = {
 """Column -> field of ``Evaluation``, digits, factor."""
 WORST, COLLAPSES, RUNS = "Worst PSNR", "Collapses", "Runs"
 COLUMNS = ("system", RUNS, "PSNR (dB)", WORST, *list(METRICS)[1:], COLLAPSES)
-BOUND, PRIOR, KNOWN = "Bits/dim", "of them codes", "codes, class known"
-SAMPLES, REMADE = "Feature distance, samples", "reconstructions"
+BOUND, PRIOR, KNOWN = "Bits/dim", "Bits/dim of the codes", "Bits/dim of the codes, class known"
+SAMPLES, REMADE = "Feature distance, samples", "Feature distance, reconstructions"
 GENERATION_COLUMNS = ("system", BOUND, PRIOR, KNOWN, SAMPLES, REMADE)
 
 
@@ -66,8 +66,8 @@ def reconstruction_rows(evaluations: Evaluations, collapse_below: float) -> list
     return rows
 
 
-def generation_rows(generated: Mapping[str, Generated], floor: float) -> list[ResultRow]:
-    """One row per system, and one of real pictures in place of samples."""
+def generation_rows(generated: Mapping[str, Generated], floor: float, real: int) -> list[ResultRow]:
+    """One row per system, and one of ``real`` validation pictures in place of samples."""
     rows = []
     for system, each in generated.items():
         extra: dict[str, float | str] = {
@@ -78,7 +78,7 @@ def generation_rows(generated: Mapping[str, Generated], floor: float) -> list[Re
             REMADE: f"{each.reconstruction_distance:.2f}",
         }
         rows.append(ResultRow(system, extra=extra))
-    return [*rows, ResultRow("training pictures", extra={SAMPLES: f"{floor:.2f}"})]
+    return [*rows, ResultRow(f"{real} validation pictures", extra={SAMPLES: f"{floor:.2f}"})]
 
 
 def write_reconstruction_report(experiment: Experiment, evaluations: Evaluations) -> str:
@@ -92,7 +92,7 @@ def write_reconstruction_report(experiment: Experiment, evaluations: Evaluations
         f"{system}-{seed}": {
             **asdict(each),
             "collapsed": is_collapsed(each, recipe.collapse_below),
-            "training": training_summary(experiment.run(system, seed)),
+            "training": training_summary(experiment.run(system, seed), items="pictures"),
         }
         for system, by_seed in evaluations.items()
         for seed, each in by_seed.items()
@@ -109,13 +109,14 @@ def write_generation_report(
     """The result file of generation; its table as text.
 
     Args:
-        floor: feature distance of training pictures to the test pictures.
+        floor: feature distance of the validation pictures to the test pictures.
         accuracy: of the feature network on the test pictures.
     """
     wanted = experiment.recipe.generation
     assert wanted is not None
     name = f"{experiment.recipe.name}-generation"
-    table = ResultTable(name, generation_rows(generated, floor), GENERATION_COLUMNS)
+    real = experiment.folder.manifest["splits"]["valid"]["count"]
+    table = ResultTable(name, generation_rows(generated, floor, real), GENERATION_COLUMNS)
     signature = sign(experiment, wanted.seed)
     write_table(
         experiment.out / GENERATION_RESULT,

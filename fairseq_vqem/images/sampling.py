@@ -51,8 +51,14 @@ def load_prior(checkpoint: Path, codes: Path, device: str = "cpu") -> ImagePrior
 
 
 @torch.no_grad()
-def bits_per_dimension(prior: ImagePrior, folder: CodeFolder, split: str) -> BitsPerDimension:
-    """Average costs of a split whose codes ``folder`` holds."""
+def bits_per_dimension(
+    prior: ImagePrior, folder: CodeFolder, split: str, likelihood: float
+) -> BitsPerDimension:
+    """Average costs of a split whose codes ``folder`` holds.
+
+    Args:
+        likelihood: -log2 p(x | z) per value, which takes the decoder (``Reconstructions``).
+    """
     device = prior.class_embedding.weight.device
     codes, labels = folder.read(split)
     shares = torch.tensor(folder.class_shares, device=device)
@@ -63,7 +69,7 @@ def bits_per_dimension(prior: ImagePrior, folder: CodeFolder, split: str) -> Bit
         known -= float(prior(row_codes, row_labels).double().sum())
         unknown -= float(prior.log_probability(row_codes, shares).double().sum())
     per_value = NATS_TO_BITS / (len(codes) * folder.shape.dimensions)
-    return BitsPerDimension(folder.likelihood_bits[split], known * per_value, unknown * per_value)
+    return BitsPerDimension(likelihood, known * per_value, unknown * per_value)
 
 
 def draw_labels(class_shares: Sequence[float], count: int, seed: int) -> np.ndarray:

@@ -95,19 +95,30 @@ def notes(run: Run, system: str, references: list[str]) -> str:
     return f"posterior BLEU {posterior.bleu:.1f}"
 
 
-def training_summary(folder: Path) -> dict[str, Any]:
-    """Wall time in seconds, updates, speed, peak memory and the last validation of a training."""
-    summary: dict[str, Any] = {}
-    speeds = []
+def training_summary(folder: Path, items: str = "target_tokens") -> dict[str, Any]:
+    """Time in seconds, updates, speed, peak memory and the last validation of a training.
+
+    What an interrupted training did twice counts once; its time is the sum over logged intervals,
+    as fairseq's own ``wall`` is 0 after a resumption.
+
+    Args:
+        items: what fairseq counts as words; names the speed ``ITEMS_per_second``.
+    """
+    summary: dict[str, Any] = {"updates": 0, "seconds": 0.0}
+    intervals = {}
     for kind, values in read_log(folder / LOG):
         if kind == "valid":
             summary["last_validation"] = values
         if kind == "train_inner":
-            summary["updates"] = int(float(values["num_updates"]))
-            summary["seconds"] = float(values["wall"])
-            speeds.append(float(values["wps"]))
+            intervals[int(float(values["num_updates"]))] = values
+    for updates in sorted(intervals):
+        rate = float(intervals[updates]["ups"])
+        # fairseq knows no rate of the very first update
+        summary["seconds"] += (updates - summary["updates"]) / rate if rate else 0.0
+        summary["updates"] = updates
     # The first interval includes the start.
-    summary["target_tokens_per_second"] = median(speeds[1:]) if speeds[1:] else None
+    speeds = [float(intervals[updates]["wps"]) for updates in sorted(intervals)[1:]]
+    summary[f"{items}_per_second"] = median(speeds) if speeds else None
     finished = read_json(folder / FINISHED) if (folder / FINISHED).is_file() else {}
     return {**summary, "peak_memory_mib": finished.get("peak_memory_mib")}
 

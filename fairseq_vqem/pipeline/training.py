@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,66 +18,115 @@ from fairseq_vqem.errors import UserError
 LOG = "train.log"
 FINISHED = "finished.json"
 OPTIONS = "options.json"
+ORIGIN = "origin.json"
+MEMORY = "memory.json"
 
 
-def train(folder: Path, words: Sequence[str], title: str, max_update: int) -> Path:
+def train(
+    folder: Path,
+    words: Sequence[str],
+    title: str,
+    max_update: int,
+    origin: Mapping[str, str] | None = None,
+) -> Path:
     """Run fairseq-train into ``folder`` unless it has finished before; go on where it stopped.
+
+    Args:
+        origin: checksums of what the training reads, as ``words`` hold paths alone.
 
     Returns:
         The checkpoint to use: the best by the validation metric.
 
     Raises:
-        UserError: training failed; the message names the log.
+        UserError: the folder holds a training with other options or another ``origin``; or
+            training failed, and the message names the log.
     """
     best = folder / "checkpoint_best.pt"
     words = [*words, "--log-format", "json", "--max-update", str(max_update)]
-    _check_same_options(folder / OPTIONS, words)
+    _check_same_training(folder, words, origin)
     if (folder / FINISHED).is_file() and best.is_file():
         print(f"{title}: finished before")
         return best
     command = [sys.executable, "-m", "fairseq_cli.train", *words, "--save-dir", str(folder)]
     log = folder / LOG
     with log.open("a", encoding="utf-8") as sink:
-        memory = run_logged(command, sink, title, max_update)
+        run_logged(command, sink, title, max_update, folder / MEMORY)
     if not best.is_file():
         raise UserError(f"{title} left no checkpoint: see {log}")
+    memory = read_json(folder / MEMORY)
     write_json(folder / FINISHED, {"updates": max_update, "peak_memory_mib": memory})
     return best
 
 
-def _check_same_options(path: Path, words: Sequence[str]) -> None:
-    """Refuse to continue a training under other options than it began with."""
-    if not path.is_file():
-        write_json(path, list(words))
-    elif read_json(path) != list(words):
-        raise UserError(
-            f"{path.parent} holds a training with other options: delete the folder or choose"
-            " another --out"
-        )
+def _check_same_training(
+    folder: Path, words: Sequence[str], origin: Mapping[str, str] | None
+) -> None:
+    """Refuse to go on with a training of other options or data than it began with."""
+    options, sources = folder / OPTIONS, folder / ORIGIN
+    if not options.is_file():
+        sources.unlink(missing_ok=True)
+        if origin is not None:
+            write_json(sources, dict(origin))
+        write_json(options, list(words))  # last: without it the folder counts as new
+        return
+    recorded = read_json(sources) if sources.is_file() else None
+    for what, same in (
+        ("with other options", read_json(options) == list(words)),
+        ("on other data", recorded == (None if origin is None else dict(origin))),
+    ):
+        if not same:
+            raise UserError(
+                f"{folder} holds a training {what}: delete the folder or choose another --out"
+            )
 
 
-def run_logged(command: Sequence[str], sink: Any, title: str, max_update: int) -> float:
+def run_logged(
+    command: Sequence[str], sink: Any, title: str, max_update: int, memory: Path
+) -> None:
     """Run ``command``, copy its output to ``sink`` and draw its progress.
 
-    Returns:
-        The most memory (MiB, resident) that the process held at any time.
+    Args:
+        memory: holds the most memory (MiB, resident) that ``command`` had in this or an earlier
+            call, also where it fails or is interrupted.
     """
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     )
     assert process.stdout is not None
-    last = ""
-    with process, tqdm(total=max_update, desc=title, unit="update") as bar:
-        for line in process.stdout:
-            sink.write(line)
-            sink.flush()
-            last = line.strip() or last
-            _draw(bar, parse_line(line))
+    last, peak = "", 0.0
+    try:
+        with tqdm(total=max_update, desc=title, unit="update") as bar:
+            for line in process.stdout:
+                sink.write(line)
+                sink.flush()
+                last = line.strip() or last
+                peak = peak_memory(process.pid) or peak
+                _draw(bar, parse_line(line))
+    except BaseException:
+        process.terminate()
+        raise
+    finally:
+        process.stdout.close()
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
+        peak = peak or usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+        write_json(memory, max(peak, read_json(memory) if memory.is_file() else 0.0))
     if process.returncode:
         raise UserError(f"{title} failed: {last} (the whole log: {sink.name})")
-    return float(usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))
+
+
+def peak_memory(process: int) -> float | None:
+    """The most memory (MiB, resident) of a running process so far; None where it cannot be read.
+
+    What the system reports at a process's end is no substitute on Linux: it is at least what the
+    parent held when it started the process.
+    """
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:  # not Linux, or it has ended
+        return None
+    sizes = [line.split()[1] for line in lines if line.startswith("VmHWM:")]
+    return int(sizes[0]) / 2**10 if sizes else None
 
 
 def _draw(bar: tqdm, record: tuple[str, dict[str, Any]] | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,12 @@ from workshop import USER_DIR, state
 from fairseq_vqem.benchmark.tables import read_table
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.images import command
+from fairseq_vqem.images import experiment as stages
 from fairseq_vqem.images.evaluate import evaluate_checkpoint
 from fairseq_vqem.images.experiment import Experiment
+from fairseq_vqem.images.features import frechet_distance
+from fairseq_vqem.images.folder import PictureFolder, write_folder
+from fairseq_vqem.images.formats import Labelled
 from fairseq_vqem.images.prepare import prepare_pictures
 from fairseq_vqem.images.recipe import read_image_recipe
 
@@ -50,7 +55,8 @@ def few_threads() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare_pictures("fashion-mnist", SAMPLE, tmp_path_factory.mktemp("d"), valid=40).path
+    out = tmp_path_factory.mktemp("d")
+    return prepare_pictures("fashion-mnist", SAMPLE, out, valid=40, any_content=True).path
 
 
 def fairseq_train(data: Path, folder: Path, *words: object) -> dict[str, Any]:
@@ -70,15 +76,17 @@ def fairseq_train(data: Path, folder: Path, *words: object) -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_bottleneck_trains(data: Path, tmp_path: Path, kind: str) -> None:
-    """One and a half epochs with validation; the checkpoint can be evaluated."""
+    """Nearly six epochs with validation; the checkpoint can be evaluated and has learned."""
     pytest.importorskip("skimage")
-    words = ("--bottleneck", kind, "--best-checkpoint-metric", "mse", "--max-update", 10)
+    words = ("--bottleneck", kind, "--best-checkpoint-metric", "mse", "--max-update", 40)
     saved = fairseq_train(data, tmp_path, *words)
     values = saved["extra_state"]["metrics"]["valid"]
     names = {name for _, name, _, _ in values}
     assert {"mse", "likelihood_bits", "codes_used"} <= names
     result, made = evaluate_checkpoint(tmp_path / "checkpoint_last.pt", data, "test")
-    assert result.mse < 110**2 and made.pictures.shape == (64, 1, 28, 28)
+    assert made.pictures.shape == (64, 1, 28, 28)
+    originals = PictureFolder(data).read("test").pictures
+    assert result.mse < 0.9 * originals.var(), "no better than the best plain grey"
 
 
 @pytest.mark.parametrize(
@@ -163,27 +171,43 @@ def test_a_whole_experiment(data: Path, tmp_path: Path) -> None:
     """From recipe to signed tables and pictures; a second call finds everything done."""
     pytest.importorskip("skimage")
     made = Experiment(read_image_recipe(experiment(tmp_path)), tmp_path / "out", "cpu", data)
-    command.reconstruct(made)
-    command.generate(made)
+    command.run_reconstruction(made)
+    command.run_generation(made)
     table, signature = read_table(made.out / "result.json")
     assert [row.system for row in table.rows] == ["soft-em", "gm-vq"]
     assert signature["data_checksum"] == made.folder.checksum
     content = json.loads((made.out / "result.json").read_text())
     assert set(content["runs"]) == {"soft-em-2", "gm-vq-2"}
-    each = json.loads((made.out / "generation.json").read_text())["generated"]["gm-vq"]
+    generation = json.loads((made.out / "generation.json").read_text())
+    each = generation["generated"]["gm-vq"]
     # 8 codes of 4 bits for 784 values: the prior cannot cost much more than a uniform one
     assert 0.0 < each["unknown_class_bits"] < 1.5 * 8 * 4 / 784
+    assert each["likelihood_bits"] == pytest.approx(content["runs"]["gm-vq-2"]["likelihood_bits"])
+    check_floor(made, generation["rows"][-1])
     pictures = [made.out / name for name in ("page.png", "curves.png")]
     pictures += [made.generated("gm-vq") / n for n in ("samples.png", "samples-by-class.png")]
     pictures += [made.run("soft-em", 2) / "grid.png"]
     assert all(path.stat().st_size > 500 for path in pictures)
     before = {path: path.stat().st_mtime_ns for path in made.out.rglob("*.pt")}
     again = Experiment(made.recipe, made.out, "cpu", data)
-    command.reconstruct(again)
-    command.generate(again)
+    command.run_reconstruction(again)
+    command.run_generation(again)
     assert before == {path: path.stat().st_mtime_ns for path in made.out.rglob("*.pt")}
     repeated = json.loads((made.out / "result.json").read_text())
     assert repeated["runs"] == content["runs"] and repeated["rows"] == content["rows"]
+    fewer = Experiment(replace(made.recipe, shown=5), made.out, "cpu", data)
+    stages.evaluate_run(fewer, "gm-vq", 2)
+    assert len(stages.shown(fewer, "gm-vq", 2)) == 5 and len(stages.shown(made, "soft-em", 2)) == 20
+
+
+def check_floor(made: Experiment, row: dict[str, Any]) -> None:
+    """The last row has the validation pictures in place of samples."""
+    assert made.recipe.generation is not None
+    space, floor = stages.features(made, made.recipe.generation)
+    valid, test = (space.describe(made.folder.read(split).pictures) for split in ("valid", "test"))
+    assert floor == pytest.approx(frechet_distance(valid, test)) and floor > 0.0
+    assert row["system"] == "40 validation pictures"
+    assert row["extra"]["Feature distance, samples"] == f"{floor:.2f}"
 
 
 @pytest.mark.slow
@@ -202,9 +226,6 @@ def test_a_codebook_larger_than_the_data_reconstructs_it(data: Path, tmp_path: P
 
 def prepare_few(data: Path, out: Path, count: int) -> Path:
     """The first ``count`` training pictures as every split."""
-    from fairseq_vqem.images.folder import PictureFolder, write_folder
-    from fairseq_vqem.images.formats import Labelled
-
     folder = PictureFolder(data)
     few = Labelled(*(array[:count] for array in folder.read("train")))
     write_folder(out, "few", dict.fromkeys(("train", "valid", "test"), few), folder.classes, {})

@@ -116,7 +116,7 @@ def validation_bleu(reduce: Any, *batches: tuple[int, int, int]) -> float | None
     task = TranslationTask.__new__(TranslationTask)
     task.cfg = SimpleNamespace(eval_bleu=True)
     criterion = mock.Mock(spec=FairseqCriterion)
-    with metrics.aggregate() as aggregate:
+    with metrics.aggregate(new_root=True) as aggregate:
         for matches, words, reference_words in batches:
             log = {"_bleu_sys_len": words, "_bleu_ref_len": reference_words}
             for order in range(4):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import pickle
 import struct
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ import torch
 from scipy.io import savemat
 
 from fairseq_vqem.errors import UserError
+from fairseq_vqem.images import folder as folder_module
 from fairseq_vqem.images.dataset import PictureDataset
 from fairseq_vqem.images.folder import MANIFEST, PictureFolder, pixel_variance
 from fairseq_vqem.images.formats import (
@@ -31,6 +35,7 @@ from fairseq_vqem.images.shapes import PictureShape
 SAMPLE = Path(__file__).parents[1] / "data" / "images"
 PICTURES, LABELS = (SAMPLE / name for name in CORPORA["fashion-mnist"].files["train"])
 COUNT = 256
+prepare_part = partial(prepare_pictures, any_content=True)
 
 
 class Python2Pickler(pickle._Pickler):  # type: ignore[name-defined]
@@ -70,7 +75,7 @@ def colour_pictures(count: int) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> PictureFolder:
-    return prepare_pictures("fashion-mnist", SAMPLE, tmp_path_factory.mktemp("data"), valid=40)
+    return prepare_part("fashion-mnist", SAMPLE, tmp_path_factory.mktemp("data"), valid=40)
 
 
 # ------------------------------------------------------------------ Fashion-MNIST
@@ -142,7 +147,7 @@ def test_damaged_idx_files_are_refused(
 def test_swapped_or_unequal_idx_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no IDX file of 3-dimensional"):
         read_idx_pair(LABELS, PICTURES)
-    other = SAMPLE / CORPORA["fashion-mnist"].files["test"][1]
+    other = SAMPLE / "t10k-labels-idx1-ubyte.gz"
     with pytest.raises(UserError, match="do not belong together"):
         read_idx_pair(PICTURES, other)
     with pytest.raises(UserError, match="does not exist"):
@@ -240,18 +245,18 @@ def test_prepared_folder_has_all_pictures_once(prepared: PictureFolder) -> None:
 
 
 def test_folder_is_kept_or_made_anew(tmp_path: Path) -> None:
-    first = prepare_pictures("fashion-mnist", SAMPLE, tmp_path, valid=40)
+    first = prepare_part("fashion-mnist", SAMPLE, tmp_path, valid=40)
     written = (tmp_path / MANIFEST).stat().st_mtime_ns
-    assert prepare_pictures("fashion-mnist", SAMPLE, tmp_path, valid=40).checksum == first.checksum
+    assert prepare_part("fashion-mnist", SAMPLE, tmp_path, valid=40).checksum == first.checksum
     assert (tmp_path / MANIFEST).stat().st_mtime_ns == written
-    assert prepare_pictures("fashion-mnist", SAMPLE, tmp_path, valid=9).checksum != first.checksum
+    assert prepare_part("fashion-mnist", SAMPLE, tmp_path, valid=9).checksum != first.checksum
     (tmp_path / "test.labels.npy").unlink()
-    again = prepare_pictures("fashion-mnist", SAMPLE, tmp_path, valid=40)
+    again = prepare_part("fashion-mnist", SAMPLE, tmp_path, valid=40)
     assert again.checksum == first.checksum and len(again.read("test").labels) == 64
 
 
 def test_changed_files_of_a_folder_are_refused(tmp_path: Path) -> None:
-    folder = prepare_pictures("fashion-mnist", SAMPLE, tmp_path, valid=40)
+    folder = prepare_part("fashion-mnist", SAMPLE, tmp_path, valid=40)
     file = tmp_path / "train.pictures.npy"
     content = file.read_bytes()
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
@@ -269,7 +274,30 @@ def test_changed_files_of_a_folder_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("valid", [0, 256, 1000])
 def test_impossible_validation_sizes_are_refused(tmp_path: Path, valid: int) -> None:
     with pytest.raises(UserError, match="--valid-size"):
-        prepare_pictures("fashion-mnist", SAMPLE, tmp_path, valid)
+        prepare_part("fashion-mnist", SAMPLE, tmp_path, valid)
+
+
+def test_files_of_another_data_set_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By content, however it is compressed: Debian's files are compressed anew."""
+    with pytest.raises(UserError, match=r"train-images.* is not that file of fashion-mnist"):
+        prepare_pictures("fashion-mnist", SAMPLE, tmp_path / "out", valid=40)
+    contents = {path.name: gzip.decompress(path.read_bytes()) for path in SAMPLE.glob("*.gz")}
+    corpus = CORPORA["fashion-mnist"]
+    files = {
+        split: {name: hashlib.md5(contents[name]).hexdigest() for name in names}
+        for split, names in corpus.files.items()
+    }
+    monkeypatch.setitem(CORPORA, "fashion-mnist", replace(corpus, files=files))
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(gzip.compress(content, 1))
+    assert prepare_pictures("fashion-mnist", tmp_path, tmp_path / "out", valid=40)
+    labels = tmp_path / "t10k-labels-idx1-ubyte.gz"
+    digits = contents[labels.name][:-1] + bytes([9 - contents[labels.name][-1]])
+    labels.write_bytes(gzip.compress(digits))
+    with pytest.raises(UserError, match=r"t10k-labels.* is not that file.*--any-content"):
+        prepare_pictures("fashion-mnist", tmp_path, tmp_path / "out", valid=40)
 
 
 def test_missing_downloads_are_named(tmp_path: Path) -> None:
@@ -284,18 +312,29 @@ def test_cifar_and_svhn_become_folders_of_colour_pictures(tmp_path: Path) -> Non
     for name in CORPORA["cifar-10"].files["train"]:
         write_cifar(tmp_path / name, pictures.reshape(12, -1), [*range(10), 0, 1])
     write_cifar(tmp_path / "test_batch", pictures[:3].reshape(3, -1), [1, 2, 3])
-    folder = prepare_pictures("cifar-10", tmp_path, tmp_path / "cifar", valid=10)
+    folder = prepare_part("cifar-10", tmp_path, tmp_path / "cifar", valid=10)
     assert folder.shape == PictureShape(3, 32, 32) and len(folder.read("train").labels) == 50
     for name in ("train_32x32.mat", "test_32x32.mat"):
         content = {"X": pictures.transpose(2, 3, 1, 0), "y": np.arange(1, 13) % 10 + 1}
         savemat(tmp_path / name, content)
-    folder = prepare_pictures("svhn", tmp_path, tmp_path / "svhn", valid=2)
+    folder = prepare_part("svhn", tmp_path, tmp_path / "svhn", valid=2)
     assert (folder.read("test").pictures == pictures).all()
 
 
-def test_variance_of_large_arrays_is_exact() -> None:
+@pytest.mark.parametrize("chunk", [1 << 24, 50_001, 1000])
+def test_variance_is_exact_also_in_parts(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(folder_module, "CHUNK", chunk)
+    sizes: list[int] = []
+    count = np.bincount
+
+    def counting(part: np.ndarray, **options: Any) -> np.ndarray:
+        sizes.append(part.size)
+        return count(part, **options)
+
+    monkeypatch.setattr(np, "bincount", counting)
     levels = np.random.default_rng(0).integers(0, 256, (70, 3, 32, 32), dtype=np.uint8)
     assert pixel_variance(levels) == pytest.approx((levels / 127.5).var(), rel=1e-12)
+    assert max(sizes) <= chunk and sum(sizes) == levels.size
     with pytest.raises(UserError, match="one and the same colour"):
         pixel_variance(np.full((2, 1, 4, 4), 7, np.uint8))
 

@@ -20,7 +20,8 @@ from fairseq_vqem.images.grids import GAP, tile, write_comparison, write_page
 from fairseq_vqem.images.prepare import prepare_pictures
 from fairseq_vqem.images.prior import ImagePrior
 from fairseq_vqem.images.prior_config import PriorConfig
-from fairseq_vqem.images.sampling import bits_per_dimension, draw_labels
+from fairseq_vqem.images.sampling import bits_per_dimension, draw_labels, sample_pictures
+from fairseq_vqem.images.shapes import PictureShape
 
 SAMPLE = Path(__file__).parents[1] / "data" / "images"
 SHAPE = CodeShape(codebook_size=4, digits=1, latents=3, classes=2, dimensions=10)
@@ -119,7 +120,6 @@ def code_folder(path: Path) -> CodeFolder:
         "kind": "codes",
         "shape": dict(SHAPE.__dict__),
         "class_shares": SHARES.tolist(),
-        "likelihood_bits": {"test": 3.5},
         "splits": {"test": recorded},
     }
     write_json(path / "manifest.json", manifest)
@@ -128,7 +128,7 @@ def code_folder(path: Path) -> CodeFolder:
 
 def test_bits_per_dimension_are_counted_by_hand(tmp_path: Path) -> None:
     folder, prior = code_folder(tmp_path), prior_of()
-    bits = bits_per_dimension(prior, folder, "test")
+    bits = bits_per_dimension(prior, folder, "test", likelihood=3.5)
     codes, labels = (torch.from_numpy(each) for each in folder.read("test"))
     known = -float(prior(codes, labels).sum()) / np.log(2.0) / (5 * 10)
     unknown = -float(prior.log_probability(codes, SHARES).sum()) / np.log(2.0) / (5 * 10)
@@ -154,6 +154,30 @@ def test_labels_are_drawn_as_frequent_as_in_training() -> None:
     shares = np.bincount(labels, minlength=3) / 4000
     assert shares == pytest.approx([0.5, 0.0, 0.5], abs=0.04) and shares[1] == 0
     assert (labels == draw_labels([0.5, 0.0, 0.5], 4000, seed=1)).all()
+
+
+class CodesAsPictures:
+    """A decoder whose pictures show their three codes as the first levels."""
+
+    def decode_codes(self, codes: torch.Tensor) -> torch.Tensor:
+        means = torch.full((len(codes), 1, 32, 32), -1.0)
+        means[:, 0, 2, 2:5] = codes / 2.0 - 1.0
+        return means
+
+
+def test_samples_are_those_of_their_seed_alone() -> None:
+    prior, labels = prior_of(), draw_labels([0.5, 0.5], 600, seed=3)
+
+    def sampled(seed: int) -> np.ndarray:
+        return sample_pictures(prior, CodesAsPictures(), PictureShape(1, 28, 28), labels, seed)  # type: ignore[arg-type]
+
+    first = sampled(seed=5)
+    torch.manual_seed(99)
+    torch.rand(7)
+    assert first.shape == (600, 1, 28, 28) and (sampled(seed=5) == first).all()
+    assert (sampled(seed=6) != first).any() and len(np.unique(first[:, 0, 0, :3])) == 4
+    # batches do not repeat one another's draws
+    assert (first[:250] != first[250:500]).any()
 
 
 # ------------------------------------------------------------------ feature distance
@@ -182,7 +206,9 @@ def test_frechet_distance_of_degenerate_features_is_finite() -> None:
 def test_feature_network_learns_and_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = prepare_pictures("fashion-mnist", SAMPLE, tmp_path / "data", valid=40)
+    folder = prepare_pictures(
+        "fashion-mnist", SAMPLE, tmp_path / "data", valid=40, any_content=True
+    )
     monkeypatch.setattr(features, "BATCH", 16)
     space = feature_space(folder, tmp_path / "features.pt", epochs=8, seed=1)
     assert space.accuracy > 0.4  # of ten classes, from 216 pictures

@@ -5,12 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
+from fairseq_vqem.corpora.files import file_sha256, write_json
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.images.evaluate import Evaluation
-from fairseq_vqem.images.experiment import Generated
+from fairseq_vqem.images.experiment import Experiment, Generated, generate, train_run
+from fairseq_vqem.images.features import FeatureSpace
+from fairseq_vqem.images.folder import SPLITS, PictureFolder
+from fairseq_vqem.images.prepare import prepare_pictures
 from fairseq_vqem.images.recipe import read_image_recipe
 from fairseq_vqem.images.report import (
     COLUMNS,
@@ -21,12 +26,13 @@ from fairseq_vqem.images.report import (
 )
 
 RECIPES = Path(__file__).parents[2] / "recipes"
+SAMPLE = Path(__file__).parents[1] / "data" / "images"
 CONTENT: dict[str, Any] = {
     "name": "tiny",
     "corpus": "fashion-mnist",
     "common": {"max_update": 3},
     "systems": {"soft-em": {"bottleneck": "soft-em"}},
-    "seeds": [1, 2],
+    "seeds": [1, 11],
     "generation": {"seed": 1, "prior": {"max_update": 2}},
 }
 
@@ -36,6 +42,10 @@ def written(folder: Path, **changes: Any) -> Path:
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(content))
     return path
+
+
+def generation_with(**changes: Any) -> dict[str, Any]:
+    return {"generation": {**CONTENT["generation"], **changes}}
 
 
 def test_the_shipped_recipe_is_read() -> None:
@@ -57,13 +67,29 @@ def test_generation_may_be_left_out(tmp_path: Path) -> None:
         ({"sedes": [1]}, r"unknown \['sedes'\]"),
         ({"systems": None}, r"missing \['systems'\]"),
         ({"seeds": []}, "at least one seed"),
-        ({"generation": {"seed": 3, "prior": {}}}, r"none of the seeds \[1, 2\]"),
+        ({"generation": {"seed": 3, "prior": {}}}, r"none of the seeds \[1, 11\]"),
         ({"generation": {"seed": 1, "priors": {}}}, "generation has wrong keys"),
         (
             {"generation": {"seed": 1, "prior": {"max_update": 1}, "systems": ["vq"]}},
             r"names \['vq'\], which are no systems",
         ),
         ({"generation": {"seed": 1, "prior": {}}}, "the prior's max_update"),
+        ({"generation": {"seed": 1, "prior": None}}, "the prior's max_update"),
+        (generation_with(temperature=0), "a temperature above 0"),
+        (generation_with(feature_epochs=0), "1 or more feature_epochs"),
+        ({"common": {"lr": 1}}, "the system soft-em needs max_update, a whole number"),
+        ({"common": {"max_update": 0}}, "the system soft-em needs max_update"),
+        ({"common": ["lr"]}, "common holds no keys"),
+        ({"systems": ["soft-em"]}, "systems holds no keys"),
+        ({"systems": {"soft-em": None}}, "the system soft-em has no options"),
+        ({"seeds": 1}, "the seeds 1 are no list of whole numbers"),
+        ({"seeds": [1, "2"]}, "no list of whole numbers"),
+        ({"seeds": [20, 1, 3]}, "the seeds 1 and 3 are nearer than 3 updates"),
+        ({"seeds": [1, 1]}, "the seeds 1 and 1 are nearer"),
+        (
+            {"systems": {"soft-em": {"bottleneck": "soft-em", "max_update": 11}}},
+            "the seeds 1 and 11 are nearer than 11 updates",
+        ),
     ],
 )
 def test_wrong_recipes_are_explained(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -101,7 +127,90 @@ def test_collapse_is_by_perplexity_of_the_codebook() -> None:
 
 
 def test_generation_adds_the_costs_of_codes_and_pictures() -> None:
-    rows = generation_rows({"soft-em": Generated(3.25, 0.4, 0.5, 12.345, 6.0)}, floor=1.5)
+    generated = {"soft-em": Generated(3.25, 0.4, 0.5, 12.345, 6.0)}
+    rows = generation_rows(generated, floor=1.5, real=5000)
     assert rows[0].extra is not None and set(GENERATION_COLUMNS) - {"system"} == set(rows[0].extra)
     assert list(rows[0].extra.values()) == ["3.750", "0.500", "0.400", "12.35", "6.00"]
     assert rows[1].extra == {"Feature distance, samples": "1.50"}
+    assert rows[1].system == "5000 validation pictures"
+
+
+# ------------------------------------------------------------------ what an experiment refuses
+
+
+def prepared(folder: Path, valid: int = 40) -> PictureFolder:
+    return prepare_pictures("fashion-mnist", SAMPLE, folder, valid, any_content=True)
+
+
+def experiment(tmp_path: Path, **changes: Any) -> Experiment:
+    """On ``data``, with results in ``out``."""
+    recipe = read_image_recipe(written(tmp_path, **changes))
+    return Experiment(recipe, tmp_path / "out", "cpu", tmp_path / "data")
+
+
+def pretend_finished(folder: Path) -> Path:
+    """The checkpoint of a training that never was."""
+    checkpoint = folder / "checkpoint_best.pt"
+    write_json(folder / "finished.json", {})
+    checkpoint.write_bytes(b"as good as trained")
+    return checkpoint
+
+
+def write_code_folder(made: Experiment, autoencoder: Path, first_code: int) -> None:
+    """Codes as that autoencoder would have left them, the ``first_code`` apart."""
+    folder, arrays = made.generated("soft-em") / "codes", {"codes": np.zeros((5, 8), np.int64)}
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays["codes"][0, 0], arrays["labels"] = first_code, np.arange(5)
+    recorded = {}
+    for kind, array in arrays.items():
+        np.save(folder / f"all.{kind}.npy", array)
+        recorded[kind] = file_sha256(folder / f"all.{kind}.npy")
+    sizes = {"codebook_size": 16, "digits": 1, "latents": 8, "classes": 10, "dimensions": 784}
+    manifest = {
+        "kind": "codes",
+        "shape": sizes,
+        "class_shares": [0.1] * 10,
+        "splits": dict.fromkeys(SPLITS, recorded),
+        "origin": {"checkpoint": file_sha256(autoencoder), "data": made.folder.checksum},
+    }
+    write_json(folder / "manifest.json", manifest)
+
+
+def test_a_data_folder_of_another_corpus_is_refused(tmp_path: Path) -> None:
+    prepared(tmp_path / "data")
+    with pytest.raises(UserError, match="holds fashion-mnist, but the recipe tiny is of svhn"):
+        _ = experiment(tmp_path, corpus="svhn").folder
+
+
+def test_an_autoencoder_of_other_data_is_refused(tmp_path: Path) -> None:
+    """The folder is written anew in its place, with other pictures for training."""
+    prepared(tmp_path / "data", valid=40)
+    made = experiment(tmp_path)
+    best = pretend_finished(made.run("soft-em", 1))
+    assert train_run(made, "soft-em", 1) == train_run(experiment(tmp_path), "soft-em", 1) == best
+    prepared(tmp_path / "data", valid=30)
+    with pytest.raises(UserError, match=r"soft-em-1 holds a training on other data"):
+        train_run(experiment(tmp_path), "soft-em", 1)
+
+
+@pytest.mark.parametrize("change", ["codes", "autoencoder"])
+def test_a_prior_of_other_codes_is_refused(tmp_path: Path, change: str) -> None:
+    prepared(tmp_path / "data")
+    made, space = experiment(tmp_path), FeatureSpace(None, 0.0)  # type: ignore[arg-type]
+    autoencoder = pretend_finished(made.run("soft-em", 1))
+    prior = pretend_finished(made.generated("soft-em") / "prior")
+    write_code_folder(made, autoencoder, first_code=0)
+    measures = {
+        "origin": {
+            "checkpoints": [file_sha256(autoencoder), file_sha256(prior)],
+            "options": [10_000, 1.0, 3],
+        },
+        "result": dict.fromkeys(Generated.__dataclass_fields__, 1.0),
+    }
+    write_json(made.generated("soft-em") / "measures.json", measures)
+    assert generate(made, "soft-em", space).sample_distance == 1.0
+    if change == "autoencoder":
+        autoencoder.write_bytes(b"trained again")
+    write_code_folder(made, autoencoder, first_code=int(change == "codes"))
+    with pytest.raises(UserError, match="prior holds a training on other data"):
+        generate(made, "soft-em", space)

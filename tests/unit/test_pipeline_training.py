@@ -1,0 +1,140 @@
+"""fairseq-train as a stage: what it refuses to go on with, and what it says of interrupted runs."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fairseq_vqem.corpora.files import read_json, write_json
+from fairseq_vqem.errors import UserError
+from fairseq_vqem.pipeline.report import training_summary
+from fairseq_vqem.pipeline.training import FINISHED, LOG, MEMORY, run_logged, train
+
+WORDS = ["data", "--seed", "1"]
+
+
+def finished(folder: Path, **origin: str) -> Path:
+    """A folder whose training has finished."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / FINISHED, {})
+    (folder / "checkpoint_best.pt").write_bytes(b"")
+    return train(folder, WORDS, "a run", 10, origin or None)
+
+
+def test_a_finished_training_is_kept(tmp_path: Path) -> None:
+    best = finished(tmp_path, data="abc")
+    assert train(tmp_path, WORDS, "a run", 10, {"data": "abc"}) == best
+    assert finished(tmp_path / "without") == train(tmp_path / "without", WORDS, "a run", 10)
+
+
+@pytest.mark.parametrize("now", [{"data": "abd"}, {"data": "abc", "codes": "0"}, None])
+def test_a_training_on_other_data_is_refused(tmp_path: Path, now: dict[str, str] | None) -> None:
+    finished(tmp_path, data="abc")
+    with pytest.raises(UserError, match="on other data: delete the folder"):
+        train(tmp_path, WORDS, "a run", 10, now)
+
+
+def test_a_training_of_unknown_data_is_refused(tmp_path: Path) -> None:
+    finished(tmp_path)
+    with pytest.raises(UserError, match="on other data"):
+        train(tmp_path, WORDS, "a run", 10, {"data": "abc"})
+
+
+def test_a_training_with_other_options_is_refused(tmp_path: Path) -> None:
+    finished(tmp_path, data="abc")
+    with pytest.raises(UserError, match="with other options"):
+        train(tmp_path, WORDS, "a run", 11, {"data": "abc"})
+
+
+class Sink(io.StringIO):
+    """A log in memory."""
+
+    name = "the log"
+
+
+def logged(code: str, folder: Path) -> float:
+    """The recorded memory (MiB) after running Python ``code``."""
+    try:
+        run_logged([sys.executable, "-c", code], Sink(), "a run", 1, folder / MEMORY)
+    finally:
+        found: float = read_json(folder / MEMORY)
+    return found
+
+
+def test_peak_memory_is_that_of_all_attempts(tmp_path: Path) -> None:
+    """A first attempt that uses 100 MiB and fails, then a modest one; this process needs more."""
+    failing = f"{using(100)}; raise SystemExit('out of luck')"
+    with pytest.raises(UserError, match=r"a run failed: out of luck \(the whole log: the log\)"):
+        logged(failing, tmp_path)
+    most = read_json(tmp_path / MEMORY)
+    assert 100 < most < 150
+    assert logged(using(10), tmp_path) == most
+    assert 300 < logged(using(300), tmp_path) < 350
+
+
+def using(mebibytes: int) -> str:
+    """Python code that takes so much memory and lives on until that can be seen."""
+    return f"import time; x = b'1' * ({mebibytes} << 20); print(1, flush=True); time.sleep(0.2)"
+
+
+def test_an_interrupted_attempt_ends_its_process(tmp_path: Path) -> None:
+    """As where the user presses Ctrl-C: nothing goes on training behind the user's back."""
+
+    class Interrupted(Sink):
+        def write(self, text: str) -> int:
+            raise KeyboardInterrupt
+
+    code, started = f"{using(10)}; time.sleep(60)", time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run_logged([sys.executable, "-c", code], Interrupted(), "a run", 1, tmp_path / MEMORY)
+    assert time.monotonic() - started < 30 and read_json(tmp_path / MEMORY) > 10
+
+
+# ------------------------------------------------------------------ summary
+
+
+def write_log(folder: Path, *records: tuple[str, dict[str, Any]]) -> None:
+    lines = [f"2000-01-01 | INFO | {kind} | {json.dumps(values)}\n" for kind, values in records]
+    (folder / LOG).write_text("some other line\n" + "".join(lines))
+
+
+def interval(updates: int, ups: float, wps: float, wall: float) -> tuple[str, dict[str, Any]]:
+    values = {"num_updates": updates, "ups": ups, "wps": wps, "wall": wall}
+    return "train_inner", {name: str(value) for name, value in values.items()}
+
+
+def test_seconds_of_a_resumed_training_are_those_of_its_updates(tmp_path: Path) -> None:
+    """Broken off after update 150, resumed from 100: fairseq's wall stays 0 from there on.
+
+    The record of update 120, of another interval of logging, comes after that of 150.
+    """
+    write_log(
+        tmp_path,
+        interval(50, 10.0, 100.0, 7.0),
+        interval(100, 5.0, 200.0, 17.0),
+        interval(150, 1.0, 50.0, 67.0),
+        interval(120, 20.0, 500.0, 0.0),
+        interval(150, 15.0, 400.0, 0.0),
+        interval(180, 10.0, 300.0, 0.0),
+        ("valid", {"valid_num_updates": "180", "valid_mse": "3"}),
+    )
+    write_json(tmp_path / FINISHED, {"updates": 180, "peak_memory_mib": 12.5})
+    summary = training_summary(tmp_path)
+    assert summary["updates"] == 180
+    assert summary["seconds"] == pytest.approx(5.0 + 10.0 + 1.0 + 2.0 + 3.0)
+    assert summary["target_tokens_per_second"] == 350.0  # the median of 200, 500, 400 and 300
+    assert summary["peak_memory_mib"] == 12.5
+    assert summary["last_validation"]["valid_mse"] == "3"
+
+
+def test_the_first_update_has_no_rate(tmp_path: Path) -> None:
+    write_log(tmp_path, interval(1, 0.0, 0.0, 3.0), interval(2, 4.0, 64.0, 4.0))
+    summary = training_summary(tmp_path, items="pictures")
+    assert summary["seconds"] == pytest.approx(0.25)
+    assert summary["pictures_per_second"] == 64.0 and "target_tokens_per_second" not in summary
