@@ -221,7 +221,7 @@ def _run(arguments: argparse.Namespace) -> int:
         contenders = make_contenders(sizes, data, Path(folder), arguments.seed)
         seconds = time_workload(contenders, workload, arguments.repeats, arguments.burn_in)
         rates = time_throughput(contenders, workload, arguments.batch_sizes, arguments.repeats)
-        if torch.get_num_threads() > 1:
+        if arguments.batch_sizes and torch.get_num_threads() > 1:
             with_workers = make_contenders(
                 sizes, data, Path(folder), arguments.seed, workers=torch.get_num_threads()
             )
