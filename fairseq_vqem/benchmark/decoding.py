@@ -27,7 +27,7 @@ from fairseq_vqem.benchmark.contenders import (
 from fairseq_vqem.benchmark.engines import translate_batches
 from fairseq_vqem.benchmark.latency import choose_places
 from fairseq_vqem.benchmark.random_models import widen_vocabulary
-from fairseq_vqem.benchmark.signature import make_signature
+from fairseq_vqem.benchmark.signature import Signature, make_signature
 from fairseq_vqem.benchmark.splits import languages, read_split, read_tokens
 from fairseq_vqem.benchmark.tables import (
     ResultRow,
@@ -205,8 +205,8 @@ def _all_of(calls: Sequence[Callable[[], object]], workers: int) -> Callable[[in
 def _run(arguments: argparse.Namespace) -> int:
     import torch
 
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    threads = arguments.threads or torch.get_num_threads()
+    torch.set_num_threads(threads)
     sizes = Sizes(
         layers=arguments.layers,
         latent_layers=tuple(arguments.latent_layers),
@@ -216,18 +216,13 @@ def _run(arguments: argparse.Namespace) -> int:
         compress_steps=arguments.compress_steps,
     )
     workload = read_workload(arguments.data, arguments.sentences)
+    signature = make_signature(data=arguments.data, seed=arguments.seed)
     with tempfile.TemporaryDirectory() as folder:
         data = widen_vocabulary(arguments.data, arguments.vocabulary, Path(folder) / "data")
         contenders = make_contenders(sizes, data, Path(folder), arguments.seed)
+        _announce(f"{len(contenders)} systems, {len(workload.lengths)} sentences one by one")
         seconds = time_workload(contenders, workload, arguments.repeats, arguments.burn_in)
-        rates = time_throughput(contenders, workload, arguments.batch_sizes, arguments.repeats)
-        if arguments.batch_sizes and torch.get_num_threads() > 1:
-            with_workers = make_contenders(
-                sizes, data, Path(folder), arguments.seed, workers=torch.get_num_threads()
-            )
-            rates |= time_throughput(
-                with_workers, workload, arguments.batch_sizes, arguments.repeats
-            )
+        _announce("sentences cut to size")
         by_length = {
             length: time_workload(
                 contenders, cut_to_length(arguments.data, length, 10), arguments.repeats, 1
@@ -239,13 +234,30 @@ def _run(arguments: argparse.Namespace) -> int:
             for name, contender in contenders.items()
             if isinstance(contender, ForcedExported)
         }
+        _announce("batches")
+        rates = time_throughput(contenders, workload, arguments.batch_sizes, arguments.repeats)
+        if arguments.batch_sizes and threads > 1:
+            with_workers = make_contenders(
+                sizes, data, Path(folder), arguments.seed, workers=threads
+            )
+            rates |= time_throughput(
+                with_workers, workload, arguments.batch_sizes, arguments.repeats
+            )
     timings = Timings(contenders, seconds, rates, by_length, profiles)
-    _report(arguments, sizes, workload, timings)
+    _report(arguments, sizes, workload, timings, signature)
     return 0
 
 
+def _announce(step: str) -> None:
+    print(f"timing: {step}", flush=True)
+
+
 def _report(
-    arguments: argparse.Namespace, sizes: Sizes, workload: Workload, timings: Timings
+    arguments: argparse.Namespace,
+    sizes: Sizes,
+    workload: Workload,
+    timings: Timings,
+    signature: Signature,
 ) -> None:
     rows = [_row(name, timings, arguments.seed) for name in timings.contenders]
     columns = [
@@ -257,7 +269,6 @@ def _report(
         "notes",
     ]
     table = ResultTable(arguments.name, rows, columns)
-    signature = make_signature(data=arguments.data, seed=arguments.seed)
     print(render_table(table, asdict(signature)))
     if arguments.output:
         details: dict[str, Any] = {

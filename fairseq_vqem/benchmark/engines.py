@@ -108,6 +108,7 @@ class CTranslate2Engine:
         threads: int = 1,
     ) -> None:
         import ctranslate2
+        import torch
 
         known = dict(options)
         compute_type = known.pop("compute_type", "float32")
@@ -124,6 +125,7 @@ class CTranslate2Engine:
         with tempfile.TemporaryDirectory() as folder:
             converted = str(Path(folder) / "model")
             _convert(ctranslate2, checkpoint, data, converted)
+            threads_of_torch = torch.get_num_threads()
             self.translator = ctranslate2.Translator(
                 converted,
                 device=device.split(":")[0],
@@ -131,6 +133,8 @@ class CTranslate2Engine:
                 inter_threads=self.workers,
                 intra_threads=max(1, threads // self.workers),
             )
+            # It sets OpenMP's number of threads, which is torch's too, to its own.
+            torch.set_num_threads(threads_of_torch)
 
     def encode(self, sentences: Sequence[str]) -> Any:
         return [self.subwords.encode(sentence).split() for sentence in sentences]

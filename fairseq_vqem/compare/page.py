@@ -41,7 +41,7 @@ def write_page(
         texts: ``source``, ``reference`` and each system's translations, of the whole test set.
     """
     plots = [
-        ("Quality against latency", lambda axes: _quality(axes, table)),
+        ("Quality against latency", lambda axes: _quality(axes, table, result["models"])),
         ("Latency against length", lambda axes: _lengths(axes, seconds, source_tokens)),
     ]
     if result["code_counts"]:
@@ -52,7 +52,7 @@ def write_page(
     parts.append(
         f"<p>p: paired bootstrap on BLEU against {reference}."
         " Latency: median per sentence at batch size 1, systems taking turns, with its 95 %"
-        " bootstrap interval over sentences.</p>"
+        " bootstrap interval over sentences. Grey lines join the ways to decode one model.</p>"
     )
     parts += [f"<figure><h2>{name}</h2>{_svg(draw)}</figure>" for name, draw in plots]
     parts += ["<h2>Examples</h2>", _examples(texts)]
@@ -93,7 +93,11 @@ def _svg(draw: Callable[[Any], None]) -> str:
     return text.getvalue()[text.getvalue().index("<svg") :]
 
 
-def _quality(axes: Any, table: ResultTable) -> None:
+def _quality(axes: Any, table: ResultTable, models: Mapping[str, str]) -> None:
+    for model in dict.fromkeys(models.values()):
+        rows = [row for row in table.rows if models[row.system] == model]
+        points = sorted((row.latency_median_ms, row.bleu) for row in rows)
+        axes.plot(*zip(*points, strict=True), color="lightgrey", linewidth=1, zorder=0)
     for row in table.rows:
         axes.errorbar(row.latency_median_ms, row.bleu, yerr=row.bleu_ci, fmt="o", capsize=2)
         axes.annotate(

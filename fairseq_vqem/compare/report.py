@@ -76,6 +76,7 @@ def make_table(findings: Findings) -> tuple[ResultTable, dict[str, Any]]:
         "throughput": {name: asdict(findings.throughput(name)) for name in findings.systems},
         "timings_signature": findings.timings["signature"],
         "same_output_timed_and_scored": dict(findings.same_outputs),
+        "models": {name: system.model for name, system in findings.systems.items()},
         "training": training,
         "code_counts": usage(findings),
         "recipe": asdict(run.recipe),

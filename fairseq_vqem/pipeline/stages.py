@@ -13,8 +13,9 @@ from fairseq_vqem.analysis.posterior import reconstruct
 from fairseq_vqem.benchmark.engines import check_engine, load_engine, translate_all
 from fairseq_vqem.benchmark.scoring import read_generate_output
 from fairseq_vqem.benchmark.splits import languages
+from fairseq_vqem.corpora.binarise import data_checksum
 from fairseq_vqem.corpora.distill import REPORT
-from fairseq_vqem.corpora.files import read_lines, replacing, write_lines
+from fairseq_vqem.corpora.files import file_sha256, read_lines, replacing, write_lines
 from fairseq_vqem.corpora.subwords import load_subwords
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.peers.alignments import alignment_prefix
@@ -107,7 +108,7 @@ def train_words(run: Run, data: Path, options: Options) -> tuple[list[str], int]
 
 def train_teacher(run: Run) -> None:
     words, updates = train_words(run, run.data, {"task": "translation", **run.recipe.teacher})
-    train(run.teacher.parent, words, "teacher", updates)
+    train(run.teacher.parent, words, "teacher", updates, _origin(run.data))
 
 
 def distill(run: Run) -> None:
@@ -130,12 +131,19 @@ def train_student(run: Run, name: str) -> None:
         # Validation decodes as the test does.
         options = {"criterion": "vqem_loss", **run.recipe.latent_student, **options, **decoding}
     data = run.distilled if options.pop("distilled", True) else run.data
+    origin = _origin(data)
     if options.pop("from_teacher", False):
         options["init_from"] = str(run.teacher)
+        origin["teacher"] = file_sha256(run.teacher)
     if options.get("load_alignments"):
         align(run, data)
+        origin["teacher"] = file_sha256(run.teacher)
     words, updates = train_words(run, data, options)
-    train(run.out / name, words, name, updates)
+    train(run.out / name, words, name, updates, origin)
+
+
+def _origin(data: Path) -> dict[str, str]:
+    return {"data": data_checksum(data)}
 
 
 def align(run: Run, data: Path) -> None:

@@ -124,6 +124,17 @@ def test_a_second_call_reuses_everything(compared: Path) -> None:
     assert kept.stat().st_mtime_ns == before
 
 
+def test_a_training_whose_data_changed_is_refused(compared: Path) -> None:
+    manifest = compared / "out" / "distilled" / "manifest.json"
+    original = manifest.read_text("utf-8")
+    content = json.loads(original)
+    content["splits"]["train"]["sha256"] = ["0" * 64]
+    manifest.write_text(json.dumps(content), encoding="utf-8")
+    outcome = compare(compared)
+    manifest.write_text(original, encoding="utf-8")
+    assert outcome.status == 1 and "holds a training on other data" in outcome.errors
+
+
 def test_run_reports_on_rows_of_other_engines(compared: Path) -> None:
     pytest.importorskip("onnxruntime")
     exported = {"student": "vqem", "engine": "exported", "remove_repeats": True}

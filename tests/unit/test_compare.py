@@ -82,6 +82,7 @@ def test_page_needs_nothing_else(tmp_path: Path) -> None:
     table = ResultTable("test", rows, ["system", "bleu", "latency_median_ms", "p"])
     result = {
         "code_counts": {"nat": [5, 3, 1]},
+        "models": {"a <b>": "teacher", "nat": "nat"},
         "paired_bootstrap": {"against": "a <b>"},
         "signature": {"commit": "abc"},
         "timings_signature": {"commit": "def"},

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from test_api import PAIRS, make_data, make_teacher
 from tiny_student import make_student
 
@@ -138,6 +139,19 @@ def test_ctranslate2_translates_as_fairseq_does(trained: tuple[Path, Path]) -> N
     outputs = engine.translate(engine.encode(SOURCES[:2]), min_length=7, max_length=7)
     assert [len(output) for output in outputs] == [7, 7]
     assert translate_in_parts(str(teacher), data, {"engine": "ctranslate2", **BEAM}) == expected
+
+
+def test_ctranslate2_leaves_torch_its_threads(trained: tuple[Path, Path]) -> None:
+    pytest.importorskip("ctranslate2")
+    data, teacher = trained
+    options = {"engine": "ctranslate2", "workers": 2}
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        translate_all(load_engine(str(teacher), data, options, threads=2), SOURCES, 8)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_the_exported_student_translates_as_fairseq_does(tmp_path: Path) -> None:
