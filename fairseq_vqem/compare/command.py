@@ -15,9 +15,10 @@ from fairseq_vqem.compare.measurements import load_engines, time_rows, translate
 from fairseq_vqem.compare.page import write_page
 from fairseq_vqem.compare.report import Findings, write_comparison
 from fairseq_vqem.compare.settings import Settings, read_settings
-from fairseq_vqem.corpora.files import read_lines, replacing
+from fairseq_vqem.corpora.files import read_lines, replacing, write_columns
 from fairseq_vqem.pipeline import stages
 from fairseq_vqem.pipeline.recipe import read_recipe
+from fairseq_vqem.pipeline.report import HYPOTHESES
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -51,7 +52,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def compare(run: stages.Run, settings: Settings) -> str:
-    """Translate, score and time every system; write ``compare.{json,md,html}``.
+    """Translate, score and time every system; write ``compare.{json,md,html}``, `HYPOTHESES`.
 
     Returns:
         The table as Markdown.
@@ -80,6 +81,7 @@ def compare(run: stages.Run, settings: Settings) -> str:
     table, result = write_comparison(run.out / "compare.json", findings)
     seconds = {name: np.asarray(timings["seconds"][name]) for name in systems}
     texts = {"source": sources, "reference": references, **hypotheses}
+    write_columns(run.out / HYPOTHESES, texts)
     page = run.out / "compare.html"
     write_page(page, table, result, seconds, timings["source_tokens"], texts)
     text = render_table(table, result["signature"])

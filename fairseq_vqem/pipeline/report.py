@@ -16,7 +16,7 @@ from fairseq_vqem.benchmark.tables import (
     render_table,
     write_table,
 )
-from fairseq_vqem.corpora.files import read_json
+from fairseq_vqem.corpora.files import read_json, write_columns
 from fairseq_vqem.pipeline.stages import (
     TEACHER_GREEDY,
     VQEM_TASK,
@@ -38,10 +38,11 @@ COLUMNS = (
     "notes",
 )
 EXAMPLES = 5
+HYPOTHESES = "hypotheses.tsv.gz"
 
 
 def write_report(run: Run) -> str:
-    """Score every system, write ``result.json`` and the curves; return the report as text."""
+    """Score every system, write result, translations and curves; return the report as text."""
     timings = {row.system: row for row in read_table(run.out / "latency.json")[0].rows}
     hypotheses = {}
     for system in systems(run):
@@ -69,6 +70,8 @@ def write_report(run: Run) -> str:
         distillation=read_json(run.distilled / "distill-report.json"),
         recipe=asdict(run.recipe),
     )
+    texts = {"source": sources, "reference": references, **hypotheses}
+    write_columns(run.out / HYPOTHESES, texts)
     curves = draw_curves(run, run.out / "curves.png")
     text = [render_table(table, asdict(signature)), ""]
     text += examples(sources, references, hypotheses, students)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gzip
 import importlib.util
 import json
 import re
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from sacrebleu.metrics import BLEU
 from workshop import Outcome, Workshop
 
 from fairseq_vqem.benchmark.tables import read_table
@@ -112,6 +114,16 @@ def test_the_report_has_every_row_with_all_its_numbers(compared: Path) -> None:
     assert (compared / "out" / "compare.md").is_file()
     page = (compared / "out" / "compare.html").read_text("utf-8")
     assert all(name in page for name in ROWS) and page.count("<svg") == 3
+
+
+def test_the_translations_can_be_scored_again(compared: Path) -> None:
+    text = gzip.decompress((compared / "out" / "hypotheses.tsv.gz").read_bytes()).decode("utf-8")
+    header, *lines = (line.split("\t") for line in text[:-1].split("\n"))
+    assert header == ["source", "reference", *ROWS]
+    columns = dict(zip(header, zip(*lines, strict=True), strict=True))
+    for row in read_table(compared / "out" / "compare.json")[0].rows:
+        score = BLEU().corpus_score(columns[row.system], [columns["reference"]]).score
+        assert row.bleu == pytest.approx(score, abs=0.01)
 
 
 def test_a_second_call_reuses_everything(compared: Path) -> None:
