@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 
 import fairseq_vqem
 from fairseq_vqem.analysis import codes, diagnosis, planted, posterior
@@ -49,11 +52,21 @@ def _print_user_dir(arguments: argparse.Namespace) -> int:
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command; a ``UserError`` becomes one line and exit status 1."""
     arguments = build_parser().parse_args(words)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _end)
     try:
         return int(arguments.run(arguments))
     except UserError as error:
         print(f"fairseq-vqem: error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("fairseq-vqem: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    # By default the process would vanish and the training that it had started go on, unlogged.
+    raise SystemExit(128 + number)
 
 
 if __name__ == "__main__":
