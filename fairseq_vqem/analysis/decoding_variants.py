@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from fairseq_vqem.analysis.posterior import posterior_batches
 from fairseq_vqem.analysis.translation_errors import share_doubled
@@ -91,8 +93,18 @@ class Decoded:
 
 
 @torch.no_grad()
-def decode_variants(checkpoint: str, data: Path, split: str, device: str = "cpu") -> Decoded:
+def decode_variants(
+    checkpoint: str,
+    data: Path,
+    split: str,
+    device: str = "cpu",
+    targets: Sequence[Tensor] | None = None,
+) -> Decoded:
     """Decode every source of ``split`` in each of ``VARIANTS``, greedily.
+
+    Args:
+        targets: the sentences whose posterior codes are meant, token ids ``[length]`` that end in
+            EOS, in the order of the data; the references where it is None.
 
     Raises:
         UserError: the checkpoint is not a ``vqem_transformer``.
@@ -101,6 +113,10 @@ def decode_variants(checkpoint: str, data: Path, split: str, device: str = "cpu"
     tokens: dict[str, dict[int, list[int]]] = {name: {} for name in (*VARIANTS, REFERENCE)}
     tally, task = _Tally(), None
     for task, model, sample in posterior_batches(checkpoint, data, split, device):
+        references = [row[row.ne(model.pad)][:-1].tolist() for row in sample["target"]]
+        tokens[REFERENCE].update(zip(sample["id"].tolist(), references, strict=True))
+        if targets is not None:
+            sample["target"] = _of_batch(targets, sample["id"], model.pad)
         encoder_out = _encode(model, sample)
         search = search_options(task, model)
         codes = variant_codes(model, sample, encoder_out, search, tally)
@@ -108,8 +124,6 @@ def decode_variants(checkpoint: str, data: Path, split: str, device: str = "cpu"
         for variant, each in codes.items():
             written = decode_words(generator, model, each, encoder_out)
             tokens[variant].update(zip(sample["id"].tolist(), written, strict=True))
-        references = [row[row.ne(model.pad)][:-1].tolist() for row in sample["target"]]
-        tokens[REFERENCE].update(zip(sample["id"].tolist(), references, strict=True))
     assert task is not None
     removes = bool(task.cfg.remove_repeats)
 
@@ -134,6 +148,12 @@ def search_options(task: Any, model: VQEMTransformer) -> LatentSearchOptions:
         marginal_end=str(task.cfg.latent_end) == "marginal",
         stop_code=model.pad_code() if task.cfg.stop_at_pad_latent else None,
     )
+
+
+def _of_batch(targets: Sequence[Tensor], ids: Tensor, pad: int) -> Tensor:
+    """The targets of sentences ``ids`` ``[B]``, padded on the right, ``[B, T]``."""
+    rows = [targets[number] for number in ids.tolist()]
+    return pad_sequence(rows, batch_first=True, padding_value=pad).to(ids.device)
 
 
 def _encode(model: VQEMTransformer, sample: dict[str, Any]) -> EncoderOut:

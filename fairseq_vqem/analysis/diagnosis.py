@@ -2,11 +2,14 @@
 
 The gap between teacher and student is split between systems that differ in one thing each:
 
-    teacher, greedy
+    teacher
     posterior codes       autoencoder: the target's own codes through the decoder
     each code predicted   predictor: likeliest code after the posterior's codes before it
     as many codes         propagation: likeliest code after its own predictions
     predicted codes       length: it also decides where to end; what a user gets
+
+The target is the reference, or, with ``--targets teacher``, the teacher's translation: what a
+student of distilled data learns to write, so that these are the codes it should predict.
 
 Propagation may be negative: codes that were each predicted after the posterior's prefix need not
 fit each other, codes that were predicted one after the other do.
@@ -15,12 +18,13 @@ fit each other, codes that were predicted one after the other do.
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from torch import Tensor
 
 from fairseq_vqem.analysis.decoding_variants import PREDICTED, REFERENCE, decode_variants
 from fairseq_vqem.analysis.diagnosis_records import (
-    TEACHER,
     Diagnosis,
     brevity,
     by_label,
@@ -39,6 +43,8 @@ from fairseq_vqem.corpora.prepare import RAW
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.models.vqem_transformer import VQEMTransformer
 
+TARGETS = ("references", "teacher")
+
 
 def diagnose(
     checkpoint: str,
@@ -47,12 +53,16 @@ def diagnose(
     teacher: str | None = None,
     labels: Path | None = None,
     device: str = "cpu",
+    beam: int = 1,
+    of_teacher: bool = False,
 ) -> Diagnosis:
     """Decode, score and compare everything.
 
     Args:
         teacher: an autoregressive checkpoint with the same dictionaries.
         labels: one source label per line of the split.
+        beam: of the teacher.
+        of_teacher: posterior codes are those of the teacher's translations, not the references'.
 
     Raises:
         UserError: the checkpoint is not a ``vqem_transformer``, the teacher is one, the split is
@@ -62,13 +72,22 @@ def diagnose(
     if not sources:
         raise UserError(f"the {split} split of {data} is empty: choose another one with --split")
     parts = by_label([] if labels is None else read_labels(labels, len(sources)))
-    decoded = decode_variants(checkpoint, data, split, device)
-    texts = dict(decoded.texts)
-    if teacher is not None:
-        texts = {TEACHER: translate(teacher, data, split, device), **texts}
+    if of_teacher and teacher is None:
+        raise UserError("--targets teacher needs the teacher's checkpoint: give it with --teacher")
+    if beam < 1:
+        raise UserError(f"--teacher-beam is {beam}: it must be at least 1")
+    translated = None if teacher is None else translate(teacher, data, split, device, beam)
+    targets = translated.tokens if translated is not None and of_teacher else None
+    decoded = decode_variants(checkpoint, data, split, device, targets)
+    texts, name = dict(decoded.texts), None
+    if translated is not None:
+        name = "teacher, greedy" if beam == 1 else f"teacher, beam {beam}"
+        texts = {name: translated.texts, **texts}
     judged = {**texts, REFERENCE: references}
     return Diagnosis(
         split,
+        name,
+        of_teacher,
         decoded.removes_repeats,
         {name: score(each, references) for name, each in texts.items()},
         {name: brevity(each, references) for name, each in texts.items()},
@@ -81,25 +100,35 @@ def diagnose(
     )
 
 
-def translate(teacher: str, data: Path, split: str, device: str = "cpu") -> list[str]:
-    """Greedy translations by an autoregressive checkpoint; nothing to read gives ``""``.
+@dataclass(frozen=True)
+class Translated:
+    """Token ids ``[length]``, EOS included, and texts of one translation per sentence."""
+
+    tokens: list[Tensor]
+    texts: list[str]
+
+
+def translate(
+    teacher: str, data: Path, split: str, device: str = "cpu", beam: int = 1
+) -> Translated:
+    """Translations by an autoregressive checkpoint; nothing to read gives ``""``.
 
     Raises:
         UserError: the checkpoint is not autoregressive, or does not fit the data.
     """
     from fairseq_vqem.generation.api import Translator
 
-    translator = Translator.from_checkpoint(teacher, data, device=device, beam=1)
+    translator = Translator.from_checkpoint(teacher, data, device=device, beam=beam)
     if any(isinstance(model, VQEMTransformer) for model in translator.models):
         raise UserError(f"--teacher {teacher} is a student: give the autoregressive checkpoint")
     tokens = read_tokens(data, split, languages(data)[0])
     rows = [tokens[number].long() for number in range(len(tokens))]
     occupied = [number for number, row in enumerate(rows) if len(row) > 1]
-    found = [""] * len(rows)
+    found = [row[-1:] for row in rows]
     outputs = translator.translate_tokens([rows[number] for number in occupied])
     for number, output in zip(occupied, outputs, strict=True):
-        found[number] = translator.decode(output)
-    return found
+        found[number] = output
+    return Translated(found, [translator.decode(each) for each in found])
 
 
 def read_labels(path: Path, sentences: int) -> list[str]:
@@ -131,7 +160,14 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--checkpoint", required=True, help="a vqem_transformer")
     parser.add_argument("--data", type=Path, required=True, help="binarised data with references")
     parser.add_argument("--split", default="valid")
-    parser.add_argument("--teacher", help="its autoregressive teacher, decoded greedily")
+    parser.add_argument("--teacher", help="its autoregressive teacher")
+    parser.add_argument("--teacher-beam", type=int, default=1, help="of the teacher; 1: greedy")
+    parser.add_argument(
+        "--targets",
+        choices=TARGETS,
+        default=TARGETS[0],
+        help="whose posterior codes: the references', or those of the teacher's translations",
+    )
     parser.add_argument(
         "--labels", type=Path, help="a source label per line (default: DATA/../raw/SPLIT.label)"
     )
@@ -149,6 +185,8 @@ def _run(arguments: argparse.Namespace) -> int:
         arguments.teacher,
         arguments.labels or find_labels(arguments.data, arguments.split),
         arguments.device,
+        arguments.teacher_beam,
+        arguments.targets == TARGETS[1],
     )
     signature = make_signature(
         data=arguments.data,

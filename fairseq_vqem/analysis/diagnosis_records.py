@@ -19,7 +19,6 @@ from fairseq_vqem.analysis.decoding_variants import (
 from fairseq_vqem.analysis.translation_errors import Errors
 from fairseq_vqem.benchmark.scoring import Scores, paired_bootstrap, score
 
-TEACHER = "teacher, greedy"
 PARTS = {
     POSTERIOR: "autoencoder",
     ONE_STEP: "predictor",
@@ -59,6 +58,8 @@ class Diagnosis:
     """What the result file holds beside its table. Systems come in the order of the steps.
 
     Attributes:
+        teacher: the name of its system, None where it was not asked for.
+        of_teacher: whether posterior codes are those of its translations, else of the references.
         removes_repeats: as the checkpoint's own --remove-repeats says, in every variant.
         brevity: BLEU's brevity penalty by system, the factor that its shortness costs.
         doubled_pieces: share of sentences in which a subword piece follows itself, by variant and
@@ -69,6 +70,8 @@ class Diagnosis:
     """
 
     split: str
+    teacher: str | None
+    of_teacher: bool
     removes_repeats: bool
     scores: dict[str, Scores]
     brevity: dict[str, float]

@@ -15,7 +15,6 @@ from fairseq_vqem.analysis.decoding_variants import (
 )
 from fairseq_vqem.analysis.diagnosis_records import (
     PARTS,
-    TEACHER,
     Diagnosis,
     Group,
     LatentQuality,
@@ -85,10 +84,16 @@ def reading(diagnosis: Diagnosis) -> Iterator[str]:
         yield "No part loses anything."
     else:
         yield f"The {largest.part} loses most."
-    if TEACHER in bleu:
-        side = "above" if bleu[POSTERIOR] >= bleu[TEACHER] else "below"
+    if diagnosis.of_teacher:
         yield (
-            f"The autoencoder's ceiling is {abs(bleu[POSTERIOR] - bleu[TEACHER]):.2f} BLEU {side}"
+            "Posterior codes are those of the teacher's translations, which a student of distilled"
+            " data learns to write."
+        )
+    elif diagnosis.teacher is not None:
+        ceiling = bleu[POSTERIOR] - bleu[diagnosis.teacher]
+        yield (
+            f"The autoencoder's ceiling is {abs(ceiling):.2f} BLEU"
+            f" {'above' if ceiling >= 0 else 'below'}"
             " the teacher. It has seen the reference, so this is not a translation quality."
         )
     yield from _length(diagnosis)

@@ -30,7 +30,6 @@ from fairseq_vqem.analysis.decoding_variants import (
 )
 from fairseq_vqem.analysis.diagnosis import diagnose, read_labels, translate
 from fairseq_vqem.analysis.diagnosis_records import (
-    TEACHER,
     brevity,
     by_label,
     groups,
@@ -44,6 +43,8 @@ from fairseq_vqem.benchmark.tables import read_table
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.generation.records import LatentSearchOptions
 from fairseq_vqem.models import VQEMTransformer
+
+TEACHER = "teacher, greedy"
 
 # --- errors -------------------------------------------------------------------------------------
 
@@ -351,7 +352,27 @@ def test_teacher_translates_in_order_and_leaves_empty_lines(folder: Path) -> Non
     translator = Translator.from_checkpoint(folder / "teacher.pt", folder / "data", beam=1)
     sources = [source for source, _ in SPLITS["test"]]
     found = translate(str(folder / "teacher.pt"), folder / "data", "test")
-    assert found == translator.translate(sources)
+    assert found.texts == translator.translate(sources)
+
+
+def test_posterior_codes_of_the_teachers_translations(folder: Path, tmp_path: Path) -> None:
+    student, teacher = str(folder / "student.pt"), str(folder / "teacher.pt")
+    words = ("--checkpoint", student, "--teacher", teacher, "--teacher-beam", "2")
+    words = (*words, "--split", "test", "--targets", "teacher")
+    assert run(folder, *words, "--output", str(tmp_path / "of.json")) == 0
+    table, _ = read_table(tmp_path / "of.json")
+    assert [row.system for row in table.rows] == ["teacher, beam 2", *VARIANTS]
+    found = read_result(tmp_path / "of.json")["diagnosis"]
+    assert found["of_teacher"]
+    translated = translate(teacher, folder / "data", "test", beam=2)
+    given = [targets.tolist() for targets in translated.tokens]
+    own = decode_variants(student, folder / "data", "test", targets=translated.tokens)
+    other = decode_variants(student, folder / "data", "test")
+    assert own.texts[PREDICTED] == other.texts[PREDICTED]
+    assert own.latents.codes == sum(-(-len(row) // 4) for row in given)
+    assert own.doubled_pieces[REFERENCE] == other.doubled_pieces[REFERENCE]
+    with pytest.raises(UserError, match="--targets teacher needs"):
+        diagnose(student, folder / "data", "test", of_teacher=True)
 
 
 def test_mistakes_are_user_errors(folder: Path, tmp_path: Path) -> None:
