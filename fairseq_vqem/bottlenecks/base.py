@@ -120,12 +120,15 @@ class Bottleneck(nn.Module):
         splittable: whether ``--num-codebooks`` may make several of it.
         straight_through: whether the gradient of its latents is that of its input.
         has_codebook_care: whether it follows ``--codebook-init`` and ``--dead-code-threshold``.
+        takes_prior: whether it has ``modes`` and its ``forward`` takes a ``log_prior`` ``[N, K]``
+            (--predictor-prior).
     """
 
     digits = 1
     splittable = True
     straight_through = True
     has_codebook_care = False
+    takes_prior = False
 
     def __init__(self, options: BottleneckOptions) -> None:
         super().__init__()
@@ -143,6 +146,10 @@ class Bottleneck(nn.Module):
 
     def forward(self, vectors: Tensor) -> BottleneckOutput:
         """Discretise ``vectors`` ``[N, D]``; in training mode also gather statistics."""
+        raise NotImplementedError
+
+    def modes(self, rows: Tensor) -> Tensor:
+        """Codes ``[N]`` of the posterior's modes of float32 ``[N, D]``, if it ``takes_prior``."""
         raise NotImplementedError
 
     def lookup(self, codes: Tensor) -> Tensor:

@@ -47,6 +47,7 @@ class EMBottleneck(Bottleneck):
     """The part common to hard and soft EM; a subclass supplies the E step."""
 
     has_codebook_care = True
+    takes_prior = True
 
     def __init__(self, options: BottleneckOptions) -> None:
         super().__init__(options)
@@ -59,20 +60,35 @@ class EMBottleneck(Bottleneck):
             options.dead_code_threshold,
         )
 
-    def expectation(self, rows: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """The training E step: modes ``[N]``, samples ``[N, m]``, statistics of ``[N, D]`` rows."""
+    def expectation(
+        self, rows: Tensor, penalties: Tensor | None
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """The training E step: modes ``[N]``, samples ``[N, m]``, statistics of ``[N, D]`` rows.
+
+        Args:
+            penalties: ``[N, K]`` to be added to the squared distances, or None.
+        """
         raise NotImplementedError
 
     def modes(self, rows: Tensor) -> Tensor:
         """The posterior's modes ``[N]`` of ``[N, D]`` rows, for evaluation."""
         return kernels.nearest_codes(rows, self.codebook.embeddings)
 
-    def forward(self, vectors: Tensor) -> BottleneckOutput:
+    def forward(self, vectors: Tensor, log_prior: Tensor | None = None) -> BottleneckOutput:
+        """Discretise ``vectors`` ``[N, D]``; in training mode also gather statistics.
+
+        Args:
+            log_prior: weighted log-probabilities ``[N, K]`` of the codes, each worth as much as the
+                mean squared distance of a row to its nearest code; in training mode only.
+        """
         rows = float32_rows(vectors)
         with torch.no_grad(), torch.autocast(vectors.device.type, enabled=False):
             detached = rows.detach()
             if self.training:
-                codes, samples, statistics = self.expectation(detached)
+                if log_prior is None:
+                    codes, samples, statistics = self.expectation(detached, None)
+                else:
+                    codes, samples, statistics = self.expectation_with_prior(detached, log_prior)
             else:
                 codes, statistics = self.modes(detached), {}
                 samples = codes.unsqueeze(1)
@@ -82,6 +98,19 @@ class EMBottleneck(Bottleneck):
         latents, commitment = _Quantise.apply(rows, quantised)
         latents = latents.to(vectors.dtype)
         return BottleneckOutput(latents, samples, codes, commitment, statistics=statistics)
+
+    def expectation_with_prior(
+        self, rows: Tensor, log_prior: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """`expectation` under ``log_prior`` ``[N, K]`` in units of the mean quantisation error.
+
+        In that unit a weight means the same whatever the scale and the dimension of the encoder's
+        outputs and the number of codes.
+        """
+        modes = self.modes(rows)
+        error = (rows - self.codebook.embeddings[modes]).square().sum(1).mean()
+        codes, samples, statistics = self.expectation(rows, -error * log_prior.float())
+        return codes, samples, {**statistics, "moved_by_prior": codes.ne(modes).float()}
 
     def lookup(self, codes: Tensor) -> Tensor:
         return self.codebook.embeddings[codes]
@@ -101,8 +130,11 @@ class EMBottleneck(Bottleneck):
 class HardEM(EMBottleneck):
     """Every vector goes to its nearest code (Eq. 1); ties go to the lowest id."""
 
-    def expectation(self, rows: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        codes = kernels.nearest_codes(rows, self.codebook.embeddings)
+    def expectation(
+        self, rows: Tensor, penalties: Tensor | None
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        log_prior = None if penalties is None else -penalties
+        codes = kernels.nearest_codes(rows, self.codebook.embeddings, log_prior=log_prior)
         return codes, codes.unsqueeze(1), {}
 
 
@@ -110,13 +142,14 @@ class HardEM(EMBottleneck):
 class SoftEM(EMBottleneck):
     """m samples from softmax(-‖e_j - x‖²/τ); the decoder receives their mean (Eq. 12)."""
 
-    def expectation(self, rows: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def expectation(
+        self, rows: Tensor, penalties: Tensor | None
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        temperature, log_prior = self.options.posterior_temperature, self.log_prior()
+        if penalties is not None:
+            log_prior = (0.0 if log_prior is None else log_prior) - penalties / temperature
         codes, samples, entropies = kernels.sample_codes(
-            rows,
-            self.codebook.embeddings,
-            self.options.em_samples,
-            self.options.posterior_temperature,
-            self.log_prior(),
+            rows, self.codebook.embeddings, self.options.em_samples, temperature, log_prior
         )
         return codes, samples, {"posterior_entropy": entropies}
 

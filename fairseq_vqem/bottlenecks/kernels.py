@@ -2,7 +2,8 @@
 
 A logit is ``(2 x·e - ‖e‖²)/temperature + log_prior``, which is the posterior's but for a constant a
 row. Logits of all rows and codes, ``[N, K]``, never exist at once: rows go through in chunks small
-enough for the processor's cache, and ``screening`` leaves out the codes that cannot matter.
+enough for the processor's cache, and ``screening`` leaves out the codes that cannot matter, unless
+each row has a prior of its own.
 """
 
 from __future__ import annotations
@@ -42,10 +43,10 @@ def nearest_codes(
 
     Args:
         rows: ``[N, D]`` float32.
-        log_prior: ``[K]``, uniform where it is None.
+        log_prior: ``[K]``, or ``[N, K]`` if each row has its own; uniform where it is None.
     """
     bias, scale = _bias(embeddings, temperature, log_prior), 2.0 / temperature
-    screen = make_screen(rows, embeddings, bias, scale)
+    screen = make_screen(rows, embeddings, bias, scale) if bias.dim() == 1 else None
     codes = torch.empty(rows.size(0), dtype=torch.long, device=rows.device)
     buffer: Tensor | None = None
     for start, end in _chunks(rows, embeddings):
@@ -53,7 +54,8 @@ def nearest_codes(
         if few is not None:
             codes[start:end] = few.modes()
             continue
-        buffer = _logits(rows[start:end], embeddings, bias, scale, buffer)
+        here = bias if bias.dim() == 1 else bias[start:end]
+        buffer = _logits(rows[start:end], embeddings, here, scale, buffer)
         codes[start:end] = _argmax(buffer)
     return codes
 
@@ -72,14 +74,16 @@ def sample_codes(
 
     Args:
         rows: ``[N, D]`` float32.
-        log_prior: ``[K]``, uniform where it is None.
+        log_prior: ``[K]``, or ``[N, K]`` if each row has its own; uniform where it is None.
 
     Returns:
         Modes of the posterior ``[N]``, samples ``[N, m]``, entropies of the posterior ``[N]`` in
         nats.
     """
     bias, scale = _bias(embeddings, temperature, log_prior), 2.0 / temperature
-    screen = make_screen(rows, embeddings, bias, scale, whole_posterior=True)
+    screen = None
+    if bias.dim() == 1:
+        screen = make_screen(rows, embeddings, bias, scale, whole_posterior=True)
     count, device = rows.size(0), rows.device
     uniform = torch.rand(count, samples, dtype=torch.double, device=device)
     modes = torch.empty(count, dtype=torch.long, device=device)
@@ -91,7 +95,8 @@ def sample_codes(
         if few is not None:
             found = few.sample(uniform[start:end])
         else:
-            buffer = _logits(rows[start:end], embeddings, bias, scale, buffer)
+            here = bias if bias.dim() == 1 else bias[start:end]
+            buffer = _logits(rows[start:end], embeddings, here, scale, buffer)
             found = _sample(buffer, uniform[start:end])
         modes[start:end], drawn[start:end], entropies[start:end] = found
     return modes, drawn, entropies

@@ -11,9 +11,10 @@ from fairseq.models.transformer.transformer_config import DecoderConfig, EncDecB
 from omegaconf import OmegaConf, open_dict
 
 from fairseq_vqem.bottlenecks import BottleneckOptions
-from fairseq_vqem.bottlenecks.base import CHOICES
+from fairseq_vqem.bottlenecks.base import CHOICES, find_bottleneck
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.modules.convolutions import EXPANDER_KINDS, RESIDUAL_PLACEMENTS
+from fairseq_vqem.schedules import parse_schedule
 
 LATENT_LENGTHS = ("end", "source")
 CODE_STREAMS = ("auto", "joint", "factorised")
@@ -106,6 +107,11 @@ class VQEMTransformerConfig(FairseqDataclass):
     predicted_schedule: str = option(
         "0", "share of latents fed to the decoder as the predictor would write them, by update"
     )
+    predictor_prior: str = option(
+        "0",
+        "weight of the latent predictor as the E step's prior (soft-em, hard-em), by update: what"
+        " a nat of its log-probability is worth in mean squared distances to the nearest code",
+    )
     init_from: Optional[str] = option(
         None, "AR Transformer checkpoint whose encoder, decoder and embeddings start the student"
     )
@@ -125,6 +131,14 @@ def check_config(cfg: VQEMTransformerConfig) -> None:
         )
     if cfg.compress_steps < 1:
         raise UserError(f"--compress-steps is {cfg.compress_steps}: it must be at least 1")
+    prior = parse_schedule(cfg.predictor_prior, minimum=0.0)
+    if max(prior.start, prior.end) > 0 and (
+        cfg.num_codebooks > 1 or not find_bottleneck(cfg.bottleneck).takes_prior
+    ):
+        raise UserError(
+            f"--predictor-prior {cfg.predictor_prior} needs soft-em or hard-em with one codebook:"
+            " leave it out, or choose one of these with --bottleneck"
+        )
     if cfg.embed_dim % cfg.attention_heads:
         raise UserError(
             f"--embed-dim {cfg.embed_dim} is not divisible by --attention-heads"

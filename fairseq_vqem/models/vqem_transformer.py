@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import math
-from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from fairseq.data import Dictionary
-from fairseq.models import (
-    FairseqEncoderDecoderModel,
-    register_model,
-    register_model_architecture,
-)
+from fairseq.models import FairseqEncoderDecoderModel, register_model
 from fairseq.models.transformer import TransformerEncoderBase
 from torch import Tensor, nn
 
 from fairseq_vqem.bottlenecks import Bottleneck, BottleneckOutput, build_bottleneck
+from fairseq_vqem.bottlenecks.base import float32_rows
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.models.config import (
     VQEMTransformerConfig,
@@ -109,6 +105,7 @@ class VQEMTransformer(FairseqEncoderDecoderModel):
         self.quantise_schedule = parse_schedule(cfg.quantise_schedule, 0.0, 1.0)
         self.gold_schedule = parse_schedule(cfg.gold_schedule, 0.0, 1.0)
         self.predicted_schedule = parse_schedule(cfg.predicted_schedule, 0.0, 1.0)
+        self.prior_schedule = parse_schedule(cfg.predictor_prior, 0.0)
         self.num_updates = 0
 
     @classmethod
@@ -174,7 +171,7 @@ class VQEMTransformer(FairseqEncoderDecoderModel):
         result: BottleneckOutput | None = None
         latent_logits, latent_tokens = None, None
         if share > 0.0:
-            result = self.bottleneck(rows)
+            result = self.discretise(rows, latent_mask, encoder_out)
             keep = torch.rand(rows.size(0), 1, device=rows.device) >= share
             rows = torch.where(keep, rows, result.latents)
             latent_tokens = self.latent_tokens(result.codes, latent_mask)
@@ -187,6 +184,25 @@ class VQEMTransformer(FairseqEncoderDecoderModel):
         latents[latent_mask] = rows.to(latents.dtype)
         logits, labels = self.reconstruct(latents, latent_mask, encoder_out, target)
         return VQEMOutput(logits, labels, result, latent_logits, latent_tokens, latent_mask)
+
+    def discretise(
+        self, rows: Tensor, latent_mask: Tensor, encoder_out: EncoderOut
+    ) -> BottleneckOutput:
+        """The bottleneck on latents ``[N, D]``, in training with the predictor as a prior.
+
+        An E step of the mixture whose prior is the latent predictor: among codes that are about as
+        near it takes the one that the predictor expects, after the nearest codes of the places
+        before. With the reconstruction that is the evidence bound; vector quantisation knows it as
+        entropy-constrained (Chou, Lookabaugh and Gray, 1989). The paper's prior is uniform (3.1).
+        """
+        weight = self.prior_schedule(self.num_updates) if self.training else 0.0
+        if weight == 0.0:
+            return self.bottleneck(rows)
+        with torch.no_grad():
+            nearest = self.latent_tokens(self.bottleneck.modes(float32_rows(rows)), latent_mask)
+            logits = self.predict_latents(nearest, encoder_out)[:, :-1][latent_mask].float()
+        log_prior = torch.log_softmax(logits[:, self.latent_dictionary.offset :], -1)
+        return self.bottleneck(rows, weight * log_prior)
 
     def mix_predicted(self, rows: Tensor, latent_logits: Tensor) -> Tensor:
         """Replace a share of the latents ``[N, D]`` by the predictor's choices, in training.
@@ -344,43 +360,3 @@ def build_embedding(dictionary: Dictionary, dimension: int) -> nn.Embedding:
     nn.init.normal_(embedding.weight, std=1.0 / math.sqrt(dimension))
     nn.init.zeros_(embedding.weight[dictionary.pad()])
     return embedding
-
-
-def _defaults(args: Namespace, **values: Any) -> None:
-    for name, value in values.items():
-        setattr(args, name, getattr(args, name, value))
-
-
-@register_model_architecture("vqem_transformer", "vqem_transformer_small")
-def small_architecture(args: Namespace) -> None:
-    """CPU scale: what the demo trains."""
-    _defaults(
-        args,
-        embed_dim=192,
-        ffn_embed_dim=512,
-        attention_heads=4,
-        encoder_layers=3,
-        latent_layers=2,
-        decoder_layers=2,
-        codebook_size=512,
-        codebook_decay=0.99,
-    )
-
-
-@register_model_architecture("vqem_transformer", "vqem_transformer_tiny")
-def tiny_architecture(args: Namespace) -> None:
-    """For tests."""
-    _defaults(
-        args,
-        embed_dim=32,
-        ffn_embed_dim=64,
-        attention_heads=2,
-        encoder_layers=1,
-        latent_layers=1,
-        decoder_layers=1,
-        codebook_size=16,
-        compress_steps=2,
-        codebook_decay=0.9,
-        quantise_schedule="0:1@4-8",
-        gold_schedule="0.5:0@4-8",
-    )

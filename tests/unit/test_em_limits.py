@@ -94,3 +94,58 @@ def test_the_learned_prior_counts_in_evaluation() -> None:
     # equal at 4x/2 = log 1/9, that is, x = -1.0986
     rows = torch.tensor([[-1.2], [-1.0], [0.0], [0.5]])
     assert bottleneck(rows).codes.tolist() == [0, 1, 1, 1]
+
+
+# --- a prior of each row's own -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["hard-em", "soft-em"])
+def test_prior_in_units_of_the_quantisation_error(kind: str) -> None:
+    """The code least by distance/error - log_prior; the error is the mean nearest distance."""
+    torch.manual_seed(3)
+    bottleneck = make(kind, 6, 4, posterior_temperature=1e-4)
+    x, log_prior = torch.randn(50, 4), 3 * torch.randn(50, 6)
+    far = reference.distances(double(x), double(bottleneck.codebook.embeddings))
+    energy = far / far.min(1).mean() - double(log_prior)
+    out = bottleneck(x, log_prior)
+    np.testing.assert_array_equal(out.codes.numpy(), energy.argmin(1))
+    assert (out.samples == out.codes.unsqueeze(1)).all()
+    moved = energy.argmin(1) != far.argmin(1)
+    assert 0.1 < moved.mean() < 0.9
+    np.testing.assert_array_equal(out.statistics["moved_by_prior"].numpy(), moved)
+    taken = double(bottleneck.lookup(out.codes))
+    np.testing.assert_allclose(out.commitment.numpy(), ((double(x) - taken) ** 2).mean(1), 1e-4)
+    hits = np.bincount(out.codes.numpy(), minlength=6)
+    np.testing.assert_allclose(bottleneck.codebook.pending_counts.numpy(), hits, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["hard-em", "soft-em"])
+def test_a_flat_prior_changes_nothing(kind: str) -> None:
+    bottleneck, x = make(kind), torch.randn(20, 4)
+    torch.manual_seed(4)
+    plain = bottleneck(x)
+    torch.manual_seed(4)
+    flat = bottleneck(x, torch.full((20, 6), -1.5))
+    assert torch.equal(plain.samples, flat.samples) and torch.equal(plain.latents, flat.latents)
+    assert not flat.statistics["moved_by_prior"].any()
+
+
+def test_soft_em_draws_under_the_prior() -> None:
+    """P(j|x) ∝ exp(-d/τ + error·log_prior/τ), chi-square per row."""
+    torch.manual_seed(0)
+    m, size, temperature = 40_000, 5, 2.0
+    bottleneck = make("soft-em", size, 2, em_samples=m, posterior_temperature=temperature)
+    x, log_prior = 0.5 * torch.randn(4, 2), torch.randn(4, size)
+    out = bottleneck(x, log_prior)
+    far = reference.distances(double(x), double(bottleneck.codebook.embeddings))
+    logits = (far.min(1).mean() * double(log_prior) - far) / temperature
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    seen = reference.assignments(out.samples.numpy(), size) * m
+    statistic = ((seen - p * m) ** 2 / (p * m)).sum(1)
+    assert (statistic < 4 + 5 * 8**0.5).all()
+
+
+def test_evaluation_knows_no_such_prior() -> None:
+    bottleneck, x = make("hard-em").eval(), torch.randn(20, 4)
+    steered = bottleneck(x, 100 * torch.randn(20, 6))
+    assert torch.equal(steered.codes, bottleneck(x).codes)

@@ -159,7 +159,7 @@ def test_rows_that_are_no_numbers_do_no_harm(name: str) -> None:
     **shapes,
     m=st.integers(1, 40),
     temperature=st.sampled_from([0.5, 1.0, 3.0]),
-    learned=st.booleans(),
+    shape=st.sampled_from(["uniform", "learned", "of each row"]),
 )
 def test_modes_and_entropies_are_those_of_the_posterior(
     name: str,
@@ -170,11 +170,13 @@ def test_modes_and_entropies_are_those_of_the_posterior(
     seed: int,
     m: int,
     temperature: float,
-    learned: bool,
+    shape: str,
 ) -> None:
     torch.manual_seed(seed)
     rows, codes = torch.randn(count, dimension), torch.randn(size, dimension)
-    prior = torch.randn(size) if learned else None
+    prior = None if shape == "uniform" else torch.randn(size)
+    if shape == "of each row":
+        prior = torch.randn(count, size)
     p = posterior(rows, codes, temperature, prior)
     with way(name, chunk):
         modes, samples, entropies = kernels.sample_codes(rows, codes, m, temperature, prior)

@@ -36,6 +36,8 @@ from fairseq_vqem.models import VQEMTransformer
         dict(gold_schedule="0.5"),
         dict(quantise_schedule="0.5"),
         dict(predicted_schedule="0.3"),
+        dict(predictor_prior="0.2"),
+        dict(predictor_prior="0.2", bottleneck="hard-em"),
         dict(dropout=0.2, attention_dropout=0.1, activation_dropout=0.1),
         dict(encoder_layers=2, latent_layers=3, decoder_layers=2),
     ],
@@ -92,6 +94,9 @@ def test_too_long_target(tiny: Any) -> None:
         (dict(bottleneck="vq"), "--bottleneck vq is not known"),
         (dict(quantise_schedule="2"), "above its maximum"),
         (dict(gold_schedule="soon"), "not a schedule"),
+        (dict(predictor_prior="-1"), "below its minimum"),
+        (dict(predictor_prior="0:1@5", bottleneck="semhash"), "needs soft-em or hard-em"),
+        (dict(predictor_prior="0.1", num_codebooks=2, codebook_size=16), "needs soft-em or hard"),
     ],
 )
 def test_options_that_do_not_fit(tiny: Any, options: dict[str, Any], match: str) -> None:

@@ -71,6 +71,30 @@ def test_a_share_of_latents_is_the_predictor_s(tiny: Any) -> None:
     assert torch.allclose(rows[1], in_evaluation.bottleneck.latents)
 
 
+def test_the_predictor_as_a_prior(tiny: Any) -> None:
+    """Codes least by distance/error - weight·log p, after the nearest codes before them."""
+    batch, weight = tiny.batch(tiny.pairs(40)), 0.7
+    plain = tiny.model(seed=3, dropout=0.0).train()
+    model = tiny.model(seed=3, dropout=0.0, predictor_prior=f"0:{weight}@5-5").train()
+    nearest = forward(plain, batch)
+    assert torch.equal(forward(model, batch).bottleneck.codes, nearest.bottleneck.codes)
+    rows: list[Tensor] = []
+    model.bottleneck.register_forward_pre_hook(lambda _, args: rows.append(args[0]))
+    at_codes = nearest.latent_logits[:, :-1][nearest.latent_mask]
+    logs = at_codes[:, model.latent_dictionary.offset :].log_softmax(-1)
+    model.set_num_updates(5)
+    found = forward(model, batch)
+    far = torch.cdist(rows[0], model.bottleneck.codebook.embeddings).square()
+    energy = far / far.amin(1).mean() - weight * logs
+    assert torch.equal(found.bottleneck.codes, energy.argmin(1))
+    moved = found.bottleneck.codes.ne(nearest.bottleneck.codes)
+    assert 0 < moved.sum() < moved.numel()
+    tokens = model.latent_tokens(found.bottleneck.codes, found.latent_mask)
+    assert torch.equal(found.latent_tokens, tokens)  # the predictor learns the codes taken
+    in_evaluation = forward(model.eval(), batch)
+    assert torch.equal(in_evaluation.bottleneck.codes, nearest.bottleneck.codes)
+
+
 def test_gold_words_are_no_labels(tiny: Any) -> None:
     torch.manual_seed(0)
     model = tiny.model(gold_schedule="0.4").train()
