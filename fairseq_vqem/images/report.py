@@ -158,7 +158,7 @@ def draw_curves(experiment: Experiment, evaluations: Evaluations, path: Path) ->
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4))
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4), layout="constrained")
     for number, (system, by_seed) in enumerate(evaluations.items()):
         for place, seed in enumerate(by_seed):
             records = list(read_log(experiment.run(system, seed) / LOG))
@@ -170,8 +170,7 @@ def draw_curves(experiment: Experiment, evaluations: Evaluations, path: Path) ->
     for axis, title in zip(axes, ("validation PSNR (dB)", "codebook perplexity"), strict=True):
         axis.set_title(title)
         axis.set_xlabel("update")
-        axis.legend()
-    figure.tight_layout()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=100, format="png")
     pyplot.close(figure)
