@@ -45,7 +45,7 @@ def inject(bottleneck: EMBottleneck, samples: list[Tensor]) -> None:
     """Let the E step of the next forwards return ``samples``."""
     queue = iter(samples)
 
-    def expectation(rows: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def expectation(rows: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         return nearest_codes(rows, bottleneck.codebook.embeddings), next(queue), {}
 
     bottleneck.expectation = expectation  # type: ignore[method-assign]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 COMMAND = """
-import argparse, sys
+import argparse, signal, sys
 from pathlib import Path
 from fairseq_vqem import cli
 from fairseq_vqem.pipeline.training import run_logged
@@ -28,6 +28,7 @@ class Parser(argparse.ArgumentParser):
         return argparse.Namespace(run=run)
 
 cli.build_parser = Parser
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run behind "&"
 sys.exit(cli.main([]))
 """
 PATIENCE = 60.0
