@@ -9,7 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from fairseq_vqem.benchmark.engines import Engine, load_engine, translate_all
-from fairseq_vqem.benchmark.latency import choose_places, source_lengths, time_engines
+from fairseq_vqem.benchmark.latency import (
+    choose_evenly,
+    choose_places,
+    source_lengths,
+    time_engines,
+)
 from fairseq_vqem.benchmark.signature import make_signature
 from fairseq_vqem.benchmark.throughput import time_batches
 from fairseq_vqem.compare.fairness import check_complete
@@ -66,8 +71,8 @@ def time_rows(
     Returns:
         ``places`` (which sentences were timed), ``source_tokens`` of each, and by system
         ``seconds`` ([repeats, sentences]) and ``translations``; ``throughput`` has for each batch
-        size the seconds ([repeats]) by system; ``signature`` says how they were made, perhaps by
-        an earlier call.
+        size the seconds ([repeats]) by system for ``throughput_sentences``; ``signature`` says
+        how they were made, perhaps by an earlier call.
     """
     path = run.out / "compare" / "timings.json"
     wanted = _conditions(run, systems, settings)
@@ -76,12 +81,14 @@ def time_rows(
         kept = {"of": wanted, **_time_sentences(run, engines, sources)}
         write_json(path, kept)
     kept.setdefault("throughput", {})
+    sample = choose_evenly(sources, settings.throughput_sentences)
+    kept["throughput_sentences"] = len(sample)
     for size in settings.batch_sizes:
         if str(size) not in kept["throughput"]:
             print(f"timing all systems in batches of {size}", flush=True)
             timings = time_batches(
                 engines,
-                sources,
+                sample,
                 size,
                 repeats=settings.throughput_repeats,
                 device=run.device,
@@ -99,6 +106,7 @@ def _conditions(run: Run, systems: Mapping[str, System], settings: Settings) -> 
         {
             "systems": {name: _identity(system) for name, system in systems.items()},
             "latency": run.recipe.latency,
+            "throughput_sentences": settings.throughput_sentences,
             "throughput_repeats": settings.throughput_repeats,
             "device": run.device,
             "threads": torch.get_num_threads(),

@@ -44,11 +44,10 @@ class Findings:
         return np.asarray(self.timings["seconds"][system])
 
     def throughput(self, system: str) -> Throughput:
-        """Sentences per second on the whole test set."""
+        """Sentences per second in batches."""
         timings = self.timings["throughput"]
         seconds = {size: timings[str(size)][system] for size in self.settings.batch_sizes}
-        sentences = sum(1 for source in self.sources if source.strip())
-        return summarise_throughput(seconds, sentences)
+        return summarise_throughput(seconds, self.timings["throughput_sentences"])
 
 
 def make_table(findings: Findings) -> tuple[ResultTable, dict[str, Any]]:

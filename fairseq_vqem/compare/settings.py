@@ -19,7 +19,8 @@ class Settings:
         reference: the system of the paired bootstrap.
         decode_batch_size: sentences per batch when the test set is translated for scoring.
         batch_sizes: tried for throughput; the best one counts.
-        throughput_repeats: passes over the test set at each batch size.
+        throughput_sentences: of the test set, evenly spaced (100 candidates take minutes).
+        throughput_repeats: passes over them at each batch size, after one untimed.
         sampled: systems that draw random numbers, so that two runs may differ.
         comet: path of a COMET checkpoint; without it COMET is left out.
     """
@@ -28,6 +29,7 @@ class Settings:
     reference: str = TEACHER_GREEDY
     decode_batch_size: int = 32
     batch_sizes: Sequence[int] = (8, 32, 128)
+    throughput_sentences: int = 256
     throughput_repeats: int = 3
     sampled: Sequence[str] = ()
     comet: str | None = None
