@@ -12,7 +12,6 @@ from torch import Tensor
 
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.models.config import transformer_config
-from fairseq_vqem.models.initialise import initialise_from_teacher
 from fairseq_vqem.models.vqem_transformer import build_embedding
 from fairseq_vqem.modules.decoders import EncoderOut, ParallelDecoder
 from fairseq_vqem.peers.config import check_config
@@ -53,10 +52,7 @@ class PeerModel(FairseqEncoderDecoderModel):
         config = transformer_config(cfg, cfg.decoder_layers)
         encoder = TransformerEncoderBase(config, source, source_embeddings)
         decoder = ParallelDecoder(config, target, embeddings, attend_source=True, causal=False)
-        model = cls(cfg, encoder, decoder)
-        if cfg.init_from and getattr(task, "initialises_models", False):
-            initialise_from_teacher(model, cfg.init_from)
-        return model
+        return cls(cfg, encoder, decoder)
 
     @property
     def allow_length_beam(self) -> bool:

@@ -1,10 +1,8 @@
 """Options of the peer models that fairseq lacks, and what their named architectures set."""
 
-# ruff: noqa: UP045 - fairseq knows only Optional[...]
-
 from argparse import Namespace
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 from fairseq.dataclass import FairseqDataclass
 
@@ -28,9 +26,6 @@ class PeerConfig(FairseqDataclass):
     max_target_positions: int = option(1024, "longest target in tokens")
     share_all_embeddings: bool = option(
         False, "one embedding matrix for source, target and output; needs a joined dictionary"
-    )
-    init_from: Optional[str] = option(
-        None, "AR Transformer checkpoint whose encoder, decoder and embeddings start the model"
     )
 
 

@@ -111,13 +111,22 @@ class CTCNAT(PeerModel):
         return DecoderOut(tokens, scores, None, 0, 0, None)
 
     def forward_decoder(
-        self, decoder_out: DecoderOut, encoder_out: EncoderOut, **unused: Any
+        self,
+        decoder_out: DecoderOut,
+        encoder_out: EncoderOut,
+        eos_penalty: float = 0.0,
+        **unused: Any,
     ) -> DecoderOut:
-        """Most probable symbol of each frame, collapsed."""
+        """Most probable symbol of each frame, collapsed.
+
+        ``--iter-decode-eos-penalty`` is taken from the blank's log-probability: where words share
+        a frame's probability the blank wins, so that a model in doubt writes too little.
+        """
         inputs, frames = self.upsample(encoder_out)
         logits = self.decoder(inputs, frames, encoder_out)
         log_probabilities = torch.log_softmax(logits.float(), -1)
         log_probabilities[..., [self.pad, self.eos]] = float("-inf")
+        log_probabilities[..., self.blank] -= eos_penalty
         scores, path = log_probabilities.max(-1)
         words, scores, counts = collapse(path, scores, frames, self.blank)
         return self.hypotheses(decoder_out, words, scores, counts)

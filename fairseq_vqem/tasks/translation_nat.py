@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from fairseq import utils
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.models.config import option
+from fairseq_vqem.models.initialise import initialise_from_teacher
 from fairseq_vqem.peers.alignments import alignment_prefix
 from fairseq_vqem.peers.generator import ParallelGenerator
 from fairseq_vqem.peers.rules import (
@@ -35,6 +36,9 @@ class TranslationNATConfig(TranslationLevenshteinConfig):
     """fairseq's own options, ``--eval-bleu`` and ``--load-alignments`` included."""
 
     remove_repeats: bool = option(False, "collapse immediately repeated tokens of the output")
+    init_from: Optional[str] = option(
+        None, "AR Transformer checkpoint whose encoder, decoder and embeddings start the model"
+    )
 
 
 @register_task("translation_nat", dataclass=TranslationNATConfig)
@@ -49,7 +53,6 @@ class TranslationNATTask(TranslationLevenshteinTask):
 
     def __init__(self, cfg: TranslationNATConfig, src_dict: Any, tgt_dict: Any) -> None:
         super().__init__(cfg, src_dict, tgt_dict)
-        self.initialises_models = False
         self.trained: Any = None
 
     @classmethod
@@ -113,11 +116,12 @@ class TranslationNATTask(TranslationLevenshteinTask):
     # ------------------------------------------------------------------ building
 
     def build_model(self, cfg: Any, from_checkpoint: bool = False) -> Any:
-        self.initialises_models = not from_checkpoint
         if from_checkpoint:  # to decode: perhaps an autoregressive teacher
             return FairseqTask.build_model(self, cfg, from_checkpoint)
         model = super().build_model(cfg, from_checkpoint)
         check_training(model, self.cfg)
+        if self.cfg.init_from:  # a resumed training then loads its own parameters
+            initialise_from_teacher(model, self.cfg.init_from)
         self.trained = model
         return model
 

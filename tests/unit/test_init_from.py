@@ -8,10 +8,21 @@ from typing import Any
 import pytest
 import torch
 from model_helpers import assert_user_error
+from omegaconf import OmegaConf
 from teacher_helpers import tiny_teacher
+from test_peers_models import FAIRSEQ, PEERS, make_task, model_config
 
 from fairseq_vqem.models import VQEMTransformer
 from fairseq_vqem.models.config import VQEMTransformerConfig
+
+PAIR = torch.zeros(2)  # equal to no parameter
+RIGHT_OPTIONS: dict[str, dict[str, Any]] = {
+    "nonautoregressive_transformer": {"noise": "full_mask"},
+    "cmlm_transformer": {"noise": "random_mask"},
+    "levenshtein_transformer": {"noise": "random_delete"},
+    "ctc_nat": {},
+    "fertility_nat": {"load_alignments": True},
+}
 
 
 def save_teacher(tiny: Any, folder: Path, size: int = 16, before: bool = True) -> Path:
@@ -68,6 +79,41 @@ def test_init_from_refuses_other_teachers(tiny: Any, tmp_path: Path) -> None:
     )
     path = save_teacher(tiny, tmp_path, before=False)
     assert_user_error("--encoder-normalize-before", lambda: build(tiny, path))
+
+
+@pytest.mark.usefixtures("plain_loading")
+@pytest.mark.parametrize("kind", [*FAIRSEQ, *PEERS])
+def test_init_from_starts_every_peer(kind: str, tmp_path: Path) -> None:
+    options = RIGHT_OPTIONS[kind]
+    random_start, task = make_task(**options), make_task(**options)
+    path = tmp_path / "teacher.pt"
+    teacher = tiny_teacher(task, layers=1, normalize_before=True).state_dict()
+    torch.save({"model": teacher, "args": None, "cfg": {"model": {}}}, path)
+    task.cfg.init_from = str(path)
+    config = model_config(kind, encoder_normalize_before=True, decoder_normalize_before=True)
+    if kind in PEERS:
+        config = OmegaConf.create({"model": vars(config)}).model
+    without = random_start.build_model(config).state_dict()
+    own = task.build_model(config).state_dict()
+    copied = {name for name, value in own.items() if torch.equal(value, teacher.get(name, PAIR))}
+    changed = {name for name in copied if not torch.equal(own[name], without[name])}
+    places = (".layers.0.", ".layer_norm.weight", ".embed_tokens.")
+    for part in ("encoder", "decoder"):
+        assert all(any(part + place in name for name in copied) for place in places), part
+        assert f"{part}.layers.0.fc1.weight" in changed
+    missing = {name for name in set(own) & set(teacher) if own[name].shape == teacher[name].shape}
+    assert not missing - copied - {"decoder.version", "encoder.version"}
+
+
+@pytest.mark.usefixtures("plain_loading")
+def test_init_from_refuses_a_peer_that_normalises_after(tmp_path: Path) -> None:
+    task = make_task(noise="full_mask")
+    path = tmp_path / "teacher.pt"
+    teacher = tiny_teacher(task, layers=1, normalize_before=True).state_dict()
+    torch.save({"model": teacher, "args": None, "cfg": {"model": {}}}, path)
+    task.cfg.init_from = str(path)
+    message = "only this model normalises after each block"
+    assert_user_error(message, lambda: task.build_model(model_config(FAIRSEQ[0])))
 
 
 def test_init_from_is_not_read_for_a_checkpoint(tiny: Any) -> None:

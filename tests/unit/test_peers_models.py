@@ -50,20 +50,29 @@ def make_task(**options: Any) -> TranslationNATTask:
     return TranslationNATTask(config, dictionary, dictionary)
 
 
+def model_config(kind: str, **options: Any) -> Any:
+    """Options of a tiny model; those that only fairseq's models have do not matter to the peers."""
+    if kind in PEERS:
+        classes = {"ctc_nat": CTCNATConfig, "fertility_nat": FertilityNATConfig}
+        options = {name: v for name, v in options.items() if "normalize_before" not in name}
+        if kind == "fertility_nat":
+            options = {"max_fertility": 3, **options}
+        config = classes[kind](**{**SIZES, **options})
+        config._name = kind
+        return config
+    args = Namespace(**FAIRSEQ_SIZES, share_all_embeddings=True, dropout=0.0, **options)
+    args.max_source_positions = args.max_target_positions = 100
+    args.arch = args._name = kind
+    ARCH_CONFIG_REGISTRY[kind](args)
+    return args
+
+
 def make_model(kind: str, task: TranslationNATTask | None = None, **options: Any) -> Any:
     """A random tiny model in evaluation mode; ``kind`` is an architecture."""
     torch.manual_seed(3)
-    task = task or make_task()
-    if kind == "ctc_nat":
-        model: Any = CTCNAT.build_model(CTCNATConfig(**{**SIZES, **options}), task)
-    elif kind == "fertility_nat":
-        options = {"max_fertility": 3, **SIZES, **options}
-        model = FertilityNAT.build_model(FertilityNATConfig(**options), task)
-    else:
-        args = Namespace(**FAIRSEQ_SIZES, share_all_embeddings=True, dropout=0.0, **options)
-        args.max_source_positions = args.max_target_positions = 100
-        ARCH_CONFIG_REGISTRY[kind](args)
-        model = ARCH_MODEL_REGISTRY[kind].build_model(args, task)
+    classes = {"ctc_nat": CTCNAT, "fertility_nat": FertilityNAT}
+    found = classes.get(kind) or ARCH_MODEL_REGISTRY[kind]
+    model: Any = found.build_model(model_config(kind, **options), task or make_task())
     for parameter in model.parameters():  # biases and norms start at 0 and 1, which hides bugs
         parameter.data.add_(0.1 * torch.randn_like(parameter))
     return model.eval()
@@ -321,6 +330,17 @@ def test_ctc_loss_counts_what_does_not_fit() -> None:
     assert float(loss) > 0
     words, counts = torch.tensor([[7] * 4]), torch.tensor([4])
     assert frames_needed(words, counts).item() == 7
+
+
+def test_ctc_end_penalty_is_taken_from_the_blank() -> None:
+    model = make_model("ctc_nat")
+    wanted = decode([model], batch(SOURCES))
+    forward, favour = model.decoder.forward, torch.zeros(24)
+    favour[model.blank] = 3.0
+    model.decoder.forward = lambda *args: forward(*args) + favour
+    favoured = decode([model], batch(SOURCES))
+    assert sum(map(len, favoured)) < 0.7 * sum(map(len, wanted))
+    assert decode([model], batch(SOURCES), iter_decode_eos_penalty=3.0) == wanted
 
 
 def test_ctc_label_smoothing_adds_the_mean_uniform_cross_entropy() -> None:
