@@ -19,7 +19,7 @@ SOURCES = {
     "decoder.layer_norm.": ("decoder.layer_norm.", "latent_predictor.layer_norm."),
     "decoder.embed_tokens.": ("decoder.embed_tokens.",),
 }
-LAST_NORM = "encoder.layer_norm.weight"  # where blocks are normalised before, not after
+LAST_NORMS = ("encoder.layer_norm.weight", "decoder.layer_norm.weight")  # of pre-norm stacks
 REQUIRED = ("encoder.layers.0.fc1.weight", "encoder.embed_tokens.weight")
 
 
@@ -42,12 +42,13 @@ def initialise_from_teacher(model: nn.Module, checkpoint: str) -> int:
                 f" {list(own[name].shape)} here; use a Transformer teacher of the same"
                 " --embed-dim, --ffn-embed-dim and dictionary"
             )
-    if (LAST_NORM in teacher) != (LAST_NORM in own):
-        which = "model" if LAST_NORM in teacher else "teacher"
-        raise UserError(
-            f"--init-from {checkpoint}: only this {which} normalises after each block; train it"
-            " with --encoder-normalize-before --decoder-normalize-before"
-        )
+    for name in LAST_NORMS:
+        if (name in teacher) != (name in own):
+            which = "model" if name in teacher else "teacher"
+            raise UserError(
+                f"--init-from {checkpoint}: only this {which} normalises after each block; train"
+                " it with --encoder-normalize-before --decoder-normalize-before"
+            )
     copied = {
         place: value
         for name, value in teacher.items()

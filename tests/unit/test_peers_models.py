@@ -18,8 +18,6 @@ from torch import Tensor
 from fairseq_vqem.generation import parts
 from fairseq_vqem.peers.config import CTCNATConfig, FertilityNATConfig
 from fairseq_vqem.peers.ctc import frames_needed
-from fairseq_vqem.peers.ctc_nat import CTCNAT
-from fairseq_vqem.peers.fertility_nat import FertilityNAT
 from fairseq_vqem.peers.generator import ParallelGenerator
 from fairseq_vqem.peers.losses import CTCNATLoss, FertilityNATLoss
 from fairseq_vqem.tasks.translation_nat import TranslationNATConfig, TranslationNATTask
@@ -70,9 +68,8 @@ def model_config(kind: str, **options: Any) -> Any:
 def make_model(kind: str, task: TranslationNATTask | None = None, **options: Any) -> Any:
     """A random tiny model in evaluation mode; ``kind`` is an architecture."""
     torch.manual_seed(3)
-    classes = {"ctc_nat": CTCNAT, "fertility_nat": FertilityNAT}
-    found = classes.get(kind) or ARCH_MODEL_REGISTRY[kind]
-    model: Any = found.build_model(model_config(kind, **options), task or make_task())
+    config = model_config(kind, **options)
+    model: Any = ARCH_MODEL_REGISTRY[kind].build_model(config, task or make_task())
     for parameter in model.parameters():  # biases and norms start at 0 and 1, which hides bugs
         parameter.data.add_(0.1 * torch.randn_like(parameter))
     return model.eval()
