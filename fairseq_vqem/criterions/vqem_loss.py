@@ -11,6 +11,7 @@ from fairseq.dataclass import FairseqDataclass
 from fairseq.tasks import FairseqTask
 from torch import Tensor
 
+from fairseq_vqem.criterions.ctc import ctc_reconstruction
 from fairseq_vqem.criterions.meters import CodeUsageMeter
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.models.config import option
@@ -60,10 +61,7 @@ class VQEMLoss(FairseqCriterion):
     ) -> tuple[Tensor, int, dict[str, Any]]:
         """Summed loss, the number of target tokens as its denominator, and what is logged."""
         output: VQEMOutput = model(**sample["net_input"], target=sample["target"])
-        reconstruction, nll = smoothed_cross_entropy(
-            output.logits, output.labels, self.padding_idx, self.label_smoothing
-        )
-        tokens = int(output.labels.ne(self.padding_idx).sum())
+        reconstruction, nll, tokens = self.reconstruction_loss(model, output)
         log: dict[str, Any] = {
             "ntokens": sample["ntokens"],
             "nsentences": sample["target"].size(0),
@@ -71,12 +69,24 @@ class VQEMLoss(FairseqCriterion):
             "reconstruction": reconstruction.detach(),
             "nll": nll.detach(),
         }
-        # replaced positions carry no loss; rescaling keeps the balance with the other terms
+        # what is shown or does not fit carries no loss; rescaling keeps the balance with the rest
         loss = reconstruction * (sample["ntokens"] / max(tokens, 1))
         if output.bottleneck is not None:
             loss = loss + self.latent_losses(model, output, log)
         log["loss"] = loss.detach()
         return loss, sample["ntokens"], log
+
+    def reconstruction_loss(
+        self, model: VQEMTransformer, output: VQEMOutput
+    ) -> tuple[Tensor, Tensor, int]:
+        """Loss, negative log-likelihood, both summed, and the number of tokens they are of."""
+        if output.ctc is not None:
+            loss, nll, fits = ctc_reconstruction(output.ctc, model.blank, self.label_smoothing)
+            return loss, nll, int(output.ctc.counts[fits].sum())
+        loss, nll = smoothed_cross_entropy(
+            output.logits, output.labels, self.padding_idx, self.label_smoothing
+        )
+        return loss, nll, int(output.labels.ne(self.padding_idx).sum())
 
     def latent_losses(
         self, model: VQEMTransformer, output: VQEMOutput, log: dict[str, Any]

@@ -57,6 +57,7 @@ def write_graphs(
             quantised,
             max_source=options.max_source_tokens,
             max_codes=options.table_codes,
+            blank_penalty=translator.generator.blank_penalty,
         )
         for name in standalone.GRAPHS:
             graph = getattr(graphs, name)()

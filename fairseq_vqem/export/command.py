@@ -136,6 +136,7 @@ def decoding_options(translator: Translator) -> Options:
             codes=student.cfg.codebook_size,
             max_source_tokens=translator.max_source_tokens,
             max_target_tokens=student.cfg.max_target_positions,
+            collapse=student.planned_frames is not None,
         )
     except StandaloneError as error:
         raise UserError(str(error)) from error

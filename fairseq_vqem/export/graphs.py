@@ -23,6 +23,7 @@ from fairseq_vqem.export.layers import (
 )
 from fairseq_vqem.export.onnx_graph import GraphBuilder, WeightFile
 from fairseq_vqem.models.vqem_transformer import VQEMTransformer
+from fairseq_vqem.modules.frames import PlannedFrames
 
 ARGMAX_BLOCK = 128
 FIRST_WORD = 2  # the first dictionary id that may be written: <s> and <pad> come before
@@ -37,6 +38,7 @@ class StudentGraphs:
         quantised: whether matrix products are computed in eight-bit integers.
         max_source: most source tokens of a sentence.
         max_codes: most codes of a hypothesis.
+        blank_penalty: taken from the blank's logit in students with CTC output.
     """
 
     def __init__(
@@ -46,9 +48,12 @@ class StudentGraphs:
         quantised: bool,
         max_source: int,
         max_codes: int,
+        blank_penalty: float = 0.0,
     ) -> None:
         self.student, self.weights, self.quantised = student, weights, quantised
         self.max_source, self.max_codes = max_source, max_codes
+        self.blank_penalty = blank_penalty
+        self.first_word = FIRST_WORD if student.planned_frames is None else student.blank
         self.dimension = int(student.cfg.embed_dim)
         self.heads = int(student.cfg.attention_heads)
 
@@ -176,7 +181,10 @@ class StudentGraphs:
     # ------------------------------------------------------------------ decode
 
     def decode(self) -> onnx.ModelProto:
-        """Codes ``[B, L]``, -1 at padding, to words ``[B, T]``, 0 at padding."""
+        """Codes ``[B, L]``, -1 at padding, to words ``[B, T]``, 0 at padding.
+
+        With CTC output T counts frames and 0 is also the blank.
+        """
         graph, decoder = self.builder("decode"), self.student.decoder
         codes = graph.input("codes", np.int64, ["B", "L"])
         with torch.no_grad():
@@ -185,9 +193,11 @@ class StudentGraphs:
         mask = graph.op("Unsqueeze", graph.op("Cast", real, to=TensorProto.FLOAT), np.array([2]))
         x = graph.embed("codebook", table, graph.op("Max", codes, np.int64(0)))
         x, mask = ExpanderLayers(graph, self.student.expander)(x, mask)
-        positions = self.positions(
-            *(graph, "target", decoder.embed_positions, self.max_codes * self.student.multiple)
-        )
+        longest = self.max_codes * self.student.multiple
+        if self.student.planned_frames is not None:
+            x, mask = self.planned_frames(graph, x, mask, self.student.planned_frames)
+            longest = self.max_source * self.student.planned_frames.scale
+        positions = self.positions(graph, "target", decoder.embed_positions, longest)
         x = graph.op("Add", x, graph.first(positions, graph.size(x, 1)))
         shape = graph.op("Shape", mask, end=2)
         rows = Rows(graph.reshape(x, -1, self.dimension), shape)
@@ -201,6 +211,40 @@ class StudentGraphs:
         words = graph.op("ScatterND", nothing, places, words)
         graph.output("words", graph.reshape(words, shape), np.int64, ["B", "T"])
         return graph.model()
+
+    def planned_frames(
+        self, graph: GraphBuilder, plan: str, mask: str, frames: PlannedFrames
+    ) -> tuple[str, str]:
+        """Frames ``[B, T, D]`` and their mask ``[B, T, 1]``, see `PlannedFrames`.
+
+        Sources are padded on the right here, so that real frames come first.
+
+        Args:
+            plan: expanded codes ``[B, P, D]`` under ``mask`` ``[B, P, 1]``.
+        """
+        tokens = graph.input("tokens", np.int64, ["B", "S"])
+        batch = graph.size(tokens, 0)
+        name, table = self.embeddings("source")
+        x = graph.embed(name, table, tokens)
+        x = graph.op("Mul", x, np.float32(self.student.encoder.embed_scale))
+        x = graph.op("Concat", *[x] * frames.scale, axis=2)
+        x = graph.reshape(x, batch, -1, self.dimension)
+        real = graph.op("Not", graph.op("Equal", tokens, np.int64(self.student.pad)))
+        real = graph.op("Unsqueeze", graph.op("Cast", real, to=TensorProto.INT64), np.array([2]))
+        real = graph.reshape(graph.op("Concat", *[real] * frames.scale, axis=2), batch, -1, 1)
+        counts = graph.op("ReduceSum", real, np.array([1]))  # [B, 1, 1]
+        lengths = graph.op("ReduceSum", graph.op("Cast", mask, to=TensorProto.INT64), np.array([1]))
+        total = graph.op("Squeeze", graph.size(real, 1))
+        frame = graph.op("Range", np.int64(0), total, np.int64(1))
+        frame = graph.op("Unsqueeze", frame, np.array([0, 2]))  # [1, T, 1]
+        places = graph.op("Div", graph.op("Mul", frame, lengths), counts)
+        places = graph.op("Min", places, graph.op("Sub", lengths, np.int64(1)))
+        flat = graph.reshape(plan, -1, self.dimension)
+        projection = frames.projection
+        read = graph.linear(flat, "frames.projection", projection.weight, projection.bias)
+        read = graph.reshape(read, batch, -1, self.dimension)
+        x = graph.op("Add", x, graph.op("GatherND", read, places, batch_dims=1))
+        return x, graph.op("Cast", real, to=TensorProto.FLOAT)
 
     def decoder_layers(self, graph: GraphBuilder, rows: Rows, real: str) -> Rows:
         decoder = self.student.decoder
@@ -240,15 +284,21 @@ class StudentGraphs:
         ONNX Runtime's ArgMax takes longer than a maximum and an ArgMax over blocks of words.
         """
         name, table = self.embeddings("target")
-        logits = graph.linear(x, name, table, skip_rows=FIRST_WORD, only_order=True)
-        blocks = (table.size(0) - FIRST_WORD) // ARGMAX_BLOCK
+        if self.student.planned_frames is None:
+            logits = graph.linear(x, name, table, skip_rows=self.first_word, only_order=True)
+        else:
+            bias = torch.zeros(table.size(0))
+            bias[[self.student.pad, self.student.eos]] = float(MASKED)
+            bias[self.student.blank] = -self.blank_penalty
+            logits = graph.linear(x, name, table, bias)
+        blocks = (table.size(0) - self.first_word) // ARGMAX_BLOCK
         blocked = graph.reshape(logits, -1, blocks, ARGMAX_BLOCK)
         tops = graph.op("ReduceMax", blocked, np.array([2]), keepdims=0)
         block = graph.op("ArgMax", tops, axis=1, keepdims=1)
         inside = graph.op("GatherND", blocked, block, batch_dims=1)
         word = graph.op("ArgMax", inside, axis=1, keepdims=0)
         start = graph.op("Mul", graph.reshape(block, -1), np.int64(ARGMAX_BLOCK))
-        word = graph.op("Add", graph.op("Add", word, start), np.int64(FIRST_WORD))
+        word = graph.op("Add", graph.op("Add", word, start), np.int64(self.first_word))
         last = len(self.student.decoder.dictionary) - 1
         return graph.op("Min", word, np.int64(last))
 
@@ -263,7 +313,7 @@ class StudentGraphs:
         target = self.student.decoder.output_projection.weight
         shared = source.data_ptr() == target.data_ptr()
         table = (source if side == "source" else target).detach()
-        missing = -(table.size(0) - FIRST_WORD) % ARGMAX_BLOCK
+        missing = -(table.size(0) - self.first_word) % ARGMAX_BLOCK
         table = torch.cat([table, table[-1:].expand(missing, -1)])
         return "embeddings" if shared else f"embeddings.{side}", table
 

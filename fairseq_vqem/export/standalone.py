@@ -26,7 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 FORMAT = "fairseq_vqem-export"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2 has an option that programs for 1 do not know
+READABLE_VERSIONS = (1, FORMAT_VERSION)
 MANIFEST = "manifest.json"
 GRAPHS = ("encode", "step", "decode")
 PROBE = "probe.onnx"
@@ -56,6 +57,7 @@ class Options:
         positions_per_code: output positions that one code covers.
         codes: size of the codebook.
         max_source_tokens, max_target_tokens: positions the model has.
+        collapse: words come from CTC frames: merge runs, then drop the blank, which is 0.
 
     Raises:
         StandaloneError: the latent beam is not between 1 and the number of codes.
@@ -72,6 +74,7 @@ class Options:
     codes: int
     max_source_tokens: int
     max_target_tokens: int
+    collapse: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.latent_beam <= self.codes:
@@ -198,9 +201,15 @@ class StandaloneTranslator:
         codes = codes[:, : max(1, (codes >= 0).sum(1).max())]
         decodable = codes.copy()
         decodable[:, 0] = np.maximum(codes[:, 0], 0)  # attention over nothing is undefined
-        words = self.graphs["decode"]({**encoded, "codes": tensor(decodable)})["words"].numpy()
-        lengths = (codes >= 0).sum(1) * self.options.positions_per_code
-        return [self._output(row[:length]) for row, length in zip(words, lengths, strict=True)]
+        fed = {**encoded, "tokens": tensor(tokens), "codes": tensor(decodable)}
+        words = self.graphs["decode"](fed)["words"].numpy()
+        counts = (codes >= 0).sum(1)
+        if self.options.collapse:
+            counts = np.where(counts > 0, words.shape[1], 0)  # no codes, no words
+            paths = [row[:count] for row, count in zip(words, counts, strict=True)]
+            return [self._output(path_words(path)) for path in paths]
+        counts *= self.options.positions_per_code
+        return [self._output(row[:count]) for row, count in zip(words, counts, strict=True)]
 
     def _output(self, words: NDArray[np.int64]) -> list[int]:
         """Words before the first end of sentence, then the end of sentence."""
@@ -222,6 +231,13 @@ class StandaloneTranslator:
                 )
             if not source:
                 raise StandaloneError(f"Source {number} lacks its end-of-sentence symbol.")
+
+
+def path_words(path: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The words that the frames of ``path`` write: runs are one word, the blank is none."""
+    starts = np.ones(len(path), bool)
+    starts[1:] = path[1:] != path[:-1]
+    return path[starts & (path != BOS)]
 
 
 class LatentSearch:
@@ -463,11 +479,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise StandaloneError(f"{path} is damaged; copy the folder again.") from error
     if checksum != manifest_checksum(manifest):
         raise StandaloneError(f"{path} is damaged; copy the folder again.")
-    if (manifest.get("format"), manifest.get("version")) != (FORMAT, FORMAT_VERSION):
+    if manifest.get("format") != FORMAT or manifest.get("version") not in READABLE_VERSIONS:
         raise StandaloneError(
             f"{folder} has format {manifest.get('format')} {manifest.get('version')}, but this"
-            f" program reads {FORMAT} {FORMAT_VERSION}; use the standalone.py in that folder or"
-            " export again."
+            f" program reads {FORMAT} up to {FORMAT_VERSION}; use the standalone.py in that"
+            " folder or export again."
         )
     for name, expected in manifest["parts"].items():
         if not (folder / name).is_file():

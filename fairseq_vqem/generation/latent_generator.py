@@ -15,6 +15,7 @@ from fairseq_vqem.generation.latent_search import search_latents
 from fairseq_vqem.generation.parts import in_parts, refuse_forced_words
 from fairseq_vqem.generation.records import LatentHypothesis, LatentSearchOptions
 from fairseq_vqem.models.vqem_transformer import VQEMTransformer
+from fairseq_vqem.modules.ctc import read_frames, upsample
 
 COMPARED_CODES = 4096
 SHARED_CODES = 0.5
@@ -33,6 +34,7 @@ class LatentGenerator(IterativeRefinementGenerator):
         rescore: ``none`` takes the best by latent search, ``latent`` the best joint
             log p(z|x) + log p(y|z,x) per word, ``teacher`` the teacher's best.
         remove_repeats: collapse runs of one token, the commonest fault of parallel decoding.
+        blank_penalty: taken from the blank's log-probability in students with CTC output.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class LatentGenerator(IterativeRefinementGenerator):
         rescore: str = "none",
         retain_history: bool = False,
         remove_repeats: bool = False,
+        blank_penalty: float = 0.0,
     ) -> None:
         super().__init__(
             dictionary,
@@ -54,6 +57,7 @@ class LatentGenerator(IterativeRefinementGenerator):
             retain_history=retain_history,
         )
         self.search, self.rescore, self.remove_repeats = search, rescore, remove_repeats
+        self.blank_penalty = blank_penalty
         students = self.students(models)
         if rescore == "teacher" and (len(models) < 2 or isinstance(models[-1], VQEMTransformer)):
             raise UserError(
@@ -124,10 +128,9 @@ class LatentGenerator(IterativeRefinementGenerator):
         log_probabilities = average_log_probabilities(
             [m.decode_codes(decodable, out) for m, out in zip(students, encoder_outs, strict=True)]
         )
-        log_probabilities[..., [self.pad, self.bos]] = float("-inf")
-        scores, tokens = log_probabilities.max(-1)
-        positions = codes.ge(0).repeat_interleave(students[0].multiple, dim=1)
-        lengths = word_lengths(tokens, positions, self.eos)
+        tokens, scores, lengths = read_words(
+            students[0], log_probabilities, codes, encoder_outs[0], self.blank_penalty
+        )
         lengths = torch.where(empty, 0, lengths)
         latent_scores = latent.scores.flatten().tolist()
         return [
@@ -189,6 +192,30 @@ def average_log_probabilities(logits: list[Tensor]) -> Tensor:
     if len(each) == 1:
         return each[0]
     return torch.logsumexp(torch.stack(each), 0) - torch.log(torch.tensor(float(len(each))))
+
+
+def read_words(
+    model: VQEMTransformer,
+    log_probabilities: Tensor,
+    codes: Tensor,
+    encoder_out: Any,
+    blank_penalty: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Most probable words ``[B, T]``, their log-probabilities and how many count, ``[B]``.
+
+    Args:
+        log_probabilities: ``[B, T, V]`` of what ``model`` makes of ``codes`` ``[B, L]``;
+            overwritten.
+        blank_penalty: see `read_frames`; without CTC there is no blank.
+    """
+    if model.planned_frames is not None:
+        _, frames = upsample(encoder_out, model.planned_frames.scale)
+        never = [model.pad, model.eos]
+        return read_frames(log_probabilities, frames, model.blank, never, blank_penalty)
+    log_probabilities[..., [model.pad, model.decoder.dictionary.bos()]] = float("-inf")
+    scores, tokens = log_probabilities.max(-1)
+    positions = codes.ge(0).repeat_interleave(model.multiple, dim=1)
+    return tokens, scores, word_lengths(tokens, positions, model.eos)
 
 
 def word_lengths(tokens: Tensor, positions: Tensor, eos: int) -> Tensor:

@@ -18,6 +18,7 @@ from fairseq_vqem.schedules import parse_schedule
 
 LATENT_LENGTHS = ("end", "source")
 CODE_STREAMS = ("auto", "joint", "factorised")
+OUTPUTS = ("positions", "ctc")
 LARGEST_JOINT_CODEBOOK = 2**16
 
 
@@ -98,11 +99,23 @@ class VQEMTransformerConfig(FairseqDataclass):
         "source: they cover max(|y|, 2|x|) positions, as in the released code",
     )
 
+    output: ChoiceEnum(OUTPUTS) = option(  # type: ignore[valid-type]
+        "positions",
+        "positions: the latents are expanded to the target's length, a word each; ctc: words are"
+        " read off frames of the source, which see the latents as a plan",
+    )
+    upsample_scale: int = option(2, "frames per source token of --output ctc")
+    hidden_codes: float = option(
+        0.0, "share of sentences whose latents the decoder of --output ctc does not see in training"
+    )
+
     quantise_schedule: str = option(
         "0:1@1000-2000", "share of latents that is quantised, by update; 0 is the warm-up"
     )
     gold_schedule: str = option(
-        "0.9:0.0@1000-20k", "share of decoder inputs replaced by gold embeddings, by update"
+        "0.9:0.0@1000-20k",
+        "share of decoder inputs replaced by gold embeddings, by update; with --output ctc"
+        " relative to the frames that are wrong (glancing)",
     )
     predicted_schedule: str = option(
         "0", "share of latents fed to the decoder as the predictor would write them, by update"
@@ -139,11 +152,26 @@ def check_config(cfg: VQEMTransformerConfig) -> None:
             f"--predictor-prior {cfg.predictor_prior} needs soft-em or hard-em with one codebook:"
             " leave it out, or choose one of these with --bottleneck"
         )
+    _check_output(cfg)
     if cfg.embed_dim % cfg.attention_heads:
         raise UserError(
             f"--embed-dim {cfg.embed_dim} is not divisible by --attention-heads"
             f" {cfg.attention_heads}: choose a divisor"
         )
+
+
+def _check_output(cfg: VQEMTransformerConfig) -> None:
+    if not 0.0 <= cfg.hidden_codes <= 1.0:
+        raise UserError(f"--hidden-codes is {cfg.hidden_codes}: it must be in [0, 1]")
+    if cfg.upsample_scale < 1:
+        raise UserError(f"--upsample-scale is {cfg.upsample_scale}: it must be at least 1")
+    if str(cfg.output) != "ctc" and cfg.hidden_codes:
+        raise UserError(
+            f"--hidden-codes {cfg.hidden_codes} leaves the decoder nothing to read: add --output"
+            " ctc, whose frames also show the source"
+        )
+    if str(cfg.output) == "ctc" and cfg.causal_decoder:
+        raise UserError("--output ctc aligns whole sentences: leave out --causal-decoder")
 
 
 def add_missing_options(cfg: Any) -> None:

@@ -26,12 +26,14 @@ from fairseq_vqem.models.config import (
 )
 from fairseq_vqem.models.initialise import initialise_from_teacher
 from fairseq_vqem.modules.convolutions import Compressor, Expander
+from fairseq_vqem.modules.ctc import CTCOutput, glancing_pass, left_packed
 from fairseq_vqem.modules.decoders import (
     EncoderOut,
     LatentDictionary,
     LatentPredictor,
     ParallelDecoder,
 )
+from fairseq_vqem.modules.frames import PlannedFrames
 from fairseq_vqem.modules.target_encoder import TargetEncoder, pad_to_multiple
 from fairseq_vqem.schedules import parse_schedule
 
@@ -45,6 +47,7 @@ class VQEMOutput:
     Attributes:
         logits: ``[B, T, V]`` word logits; T is a multiple of 2^n_c.
         labels: ``[B, T]`` target tokens; padding where nothing is to be learned.
+        ctc: the frames of ``--output ctc``, else None; logits and labels are then theirs.
         bottleneck: the discretisation of the N real latents, None during the warm-up.
         latent_logits: ``[B, L·S+1, V_L]`` predictor logits over the latent dictionary of V_L
             entries, S symbols per latent; None during the warm-up.
@@ -54,6 +57,7 @@ class VQEMOutput:
 
     logits: Tensor
     labels: Tensor
+    ctc: CTCOutput | None
     bottleneck: BottleneckOutput | None
     latent_logits: Tensor | None
     latent_tokens: Tensor | None
@@ -96,6 +100,9 @@ class VQEMTransformer(FairseqEncoderDecoderModel):
             str(cfg.expander),
             cfg.dropout,
         )
+        ctc = str(cfg.output) == "ctc"
+        self.planned_frames = PlannedFrames(cfg.embed_dim, cfg.upsample_scale) if ctc else None
+        self.blank = decoder.dictionary.bos()
         self.latent_dictionary = LatentDictionary(
             cfg.codebook_size, bottleneck.digits if factorises(cfg) else 1
         )
@@ -182,8 +189,13 @@ class VQEMTransformer(FairseqEncoderDecoderModel):
             rows = rows + self.zero_of_idle_parameters()
         latents = vectors.new_zeros(vectors.shape)
         latents[latent_mask] = rows.to(latents.dtype)
-        logits, labels = self.reconstruct(latents, latent_mask, encoder_out, target)
-        return VQEMOutput(logits, labels, result, latent_logits, latent_tokens, latent_mask)
+        ctc = None
+        if self.planned_frames is None:
+            logits, labels = self.reconstruct(latents, latent_mask, encoder_out, target)
+        else:
+            ctc = self.reconstruct_frames(latents, latent_mask, encoder_out, target)
+            logits, labels = ctc.logits, ctc.words
+        return VQEMOutput(logits, labels, ctc, result, latent_logits, latent_tokens, latent_mask)
 
     def discretise(
         self, rows: Tensor, latent_mask: Tensor, encoder_out: EncoderOut
@@ -263,6 +275,25 @@ class VQEMTransformer(FairseqEncoderDecoderModel):
             labels = labels.masked_fill(gold, self.pad)
         return self.decoder(inputs, mask, encoder_out), labels
 
+    def reconstruct_frames(
+        self, latents: Tensor, latent_mask: Tensor, encoder_out: EncoderOut, target: Tensor
+    ) -> CTCOutput:
+        """Frames of the source that read the latents; in training some show the aligned target.
+
+        A share of the sentences has to do without latents, so that the decoder also learns to
+        read the source.
+        """
+        assert self.planned_frames is not None
+        hidden = None
+        if self.training and self.cfg.hidden_codes:
+            hidden = torch.rand(target.size(0), device=target.device) < self.cfg.hidden_codes
+        inputs, frames = self.planned_frames(
+            encoder_out, *self.expander(latents, latent_mask), hidden
+        )
+        words = left_packed(target, target.ne(self.pad) & target.ne(self.eos))
+        ratio = self.gold_schedule(self.num_updates) if self.training else 0.0
+        return glancing_pass(self.decoder, encoder_out, inputs, frames, words, self.blank, ratio)
+
     def latent_tokens(self, codes: Tensor, latent_mask: Tensor) -> Tensor:
         """Codes ``[N]`` laid out by ``latent_mask``, then the end symbol, ``[B, L·S+1]``."""
         laid_out = latent_mask.new_full(latent_mask.shape, -1, dtype=torch.long)
@@ -299,11 +330,16 @@ class VQEMTransformer(FairseqEncoderDecoderModel):
         return codes
 
     def decode_codes(self, codes: Tensor, encoder_out: EncoderOut) -> Tensor:
-        """Word logits ``[B, L·2^n_c, V]`` of ``codes`` ``[B, L]`` (-1 at padding)."""
+        """Word logits ``[B, T, V]`` of ``codes`` ``[B, L]`` (-1 at padding).
+
+        T is L·2^n_c, or with ``--output ctc`` the number of frames.
+        """
         mask = codes.ge(0)
         latents = self.bottleneck.lookup(codes.clamp(min=0))
         latents = latents.to(self.decoder.embed_tokens.weight.dtype)
         inputs, token_mask = self.expander(latents, mask)
+        if self.planned_frames is not None:
+            inputs, token_mask = self.planned_frames(encoder_out, inputs, token_mask)
         return self.decoder(inputs, token_mask, encoder_out)
 
     @torch.no_grad()

@@ -102,17 +102,3 @@ class PeerModel(FairseqEncoderDecoderModel):
         if decoder_out.history is not None:
             decoder_out.history.append(tokens.clone())
         return decoder_out._replace(output_tokens=tokens, output_scores=scores, attn=None)
-
-
-def left_packed(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of ``values`` ``[B, T, …]`` where ``mask`` ``[B, T]`` is true, moved to the front.
-
-    The result is as wide as its longest row; what lies beyond a row's end is arbitrary.
-
-    Returns:
-        The packed values ``[B, L, …]`` and how many each row has, ``[B]``.
-    """
-    counts = mask.sum(1)
-    order = (~mask).long().argsort(dim=1, stable=True)[:, : int(counts.max())]
-    rows = torch.arange(values.size(0), device=values.device).unsqueeze(1)
-    return values[rows, order], counts

@@ -17,8 +17,9 @@ from fairseq.models.transformer import TransformerEncoderBase
 from torch import Tensor, nn
 
 from fairseq_vqem.errors import UserError
+from fairseq_vqem.modules.ctc import left_packed
 from fairseq_vqem.modules.decoders import EncoderOut, ParallelDecoder
-from fairseq_vqem.peers.base import PeerModel, left_packed
+from fairseq_vqem.peers.base import PeerModel
 from fairseq_vqem.peers.config import FertilityNATConfig, small_sizes, tiny_sizes
 from fairseq_vqem.peers.fertility import copy_by_fertility, fertilities_of, sample_fertilities
 

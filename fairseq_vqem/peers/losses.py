@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from fairseq import metrics
 from fairseq.criterions import FairseqCriterion, register_criterion
 from fairseq.dataclass import FairseqDataclass
@@ -12,11 +11,12 @@ from fairseq.tasks import FairseqTask
 from torch import Tensor
 from torch.nn import functional
 
+from fairseq_vqem.criterions.ctc import ctc_reconstruction
 from fairseq_vqem.criterions.vqem_loss import smoothed_cross_entropy
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.models.config import option
-from fairseq_vqem.peers.ctc import frames_needed
-from fairseq_vqem.peers.ctc_nat import CTCNAT, CTCOutput
+from fairseq_vqem.modules.ctc import CTCOutput
+from fairseq_vqem.peers.ctc_nat import CTCNAT
 from fairseq_vqem.peers.fertility_nat import FertilityNAT, FertilityOutput
 
 BITS = 1 / math.log(2)
@@ -44,15 +44,8 @@ class CTCNATLoss(FairseqCriterion):
     ) -> tuple[Tensor, int, dict[str, Any]]:
         """Summed loss, the number of target words that it stands for, and what is logged."""
         output: CTCOutput = model(**sample["net_input"], target=sample["target"])
-        log_probabilities = torch.log_softmax(output.logits.float(), -1)
-        fits = frames_needed(output.words, output.counts) <= output.frames.sum(1)
+        loss, nll, fits = ctc_reconstruction(output, model.blank, self.label_smoothing)
         tokens = int(output.counts[fits].sum())
-        nll = ctc_losses(log_probabilities, output, blank=output_blank(self.task)).sum()
-        loss = nll
-        if self.label_smoothing:
-            learned = output.frames & fits.unsqueeze(1)
-            uniform = -log_probabilities.mean(-1)[learned].sum() / max(1, int(learned.sum()))
-            loss = (1 - self.label_smoothing) * nll + self.label_smoothing * tokens * uniform
         log = {
             "loss": loss.detach(),
             "nll": nll.detach(),
@@ -136,28 +129,6 @@ class FertilityNATLoss(FairseqCriterion):
         log_average(logging_outputs, "loss", "loss", "tokens", BITS)
         log_average(logging_outputs, "nll_loss", "nll", "tokens", BITS)
         log_average(logging_outputs, "fertility_loss", "fertility", "source_words", BITS)
-
-
-def ctc_losses(log_probabilities: Tensor, output: CTCOutput, blank: int) -> Tensor:
-    """Negative log-likelihood of each sentence, ``[B]``; 0 where the words do not fit.
-
-    Args:
-        log_probabilities: ``[B, T, V]``.
-    """
-    return functional.ctc_loss(
-        log_probabilities.transpose(0, 1),
-        output.words,
-        output.frames.sum(1),
-        output.counts,
-        blank=blank,
-        reduction="none",
-        zero_infinity=True,
-    )
-
-
-def output_blank(task: Any) -> int:
-    """The symbol that ``ctc_nat`` uses as its blank."""
-    return int(task.target_dictionary.bos())
 
 
 def checked_smoothing(label_smoothing: float) -> float:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fairseq_vqem.criterions.vqem_loss import VQEMLoss
 from fairseq_vqem.errors import UserError
-from fairseq_vqem.generation.latent_generator import RESCORES, LatentGenerator, word_lengths
+from fairseq_vqem.generation.latent_generator import RESCORES, LatentGenerator, read_words
 from fairseq_vqem.generation.records import LatentSearchOptions
 from fairseq_vqem.models.config import option
 from fairseq_vqem.models.vqem_transformer import VQEMTransformer
@@ -44,6 +44,9 @@ class TranslationVQEMConfig(TranslationConfig):
     latent_max_ratio: float = option(2.0, "longest output, as a multiple of the source length …")
     latent_max_offset: int = option(16, "… plus this many tokens")
     remove_repeats: bool = option(False, "collapse runs of one token in the output")
+    blank_penalty: float = option(
+        0.0, "of --output ctc: taken from the blank's log-probability, for longer output"
+    )
     word_dropout: float = option(0.0, "share of words hidden from the target encoder (paper: 0.3)")
     word_shuffle: float = option(0.0, "share of sentences whose words are shuffled (paper: 0.5)")
     shuffle_distance: int = option(3, "how far a shuffled word may move")
@@ -141,7 +144,13 @@ class TranslationVQEMTask(LearnsCodebook, TranslationTask):
         )
         history = getattr(args, "retain_iter_history", False)
         return LatentGenerator(
-            self.target_dictionary, models, search, rescore, history, self.cfg.remove_repeats
+            self.target_dictionary,
+            models,
+            search,
+            rescore,
+            history,
+            self.cfg.remove_repeats,
+            self.cfg.blank_penalty,
         )
 
     # ------------------------------------------------------------------ validation
@@ -170,9 +179,10 @@ class TranslationVQEMTask(LearnsCodebook, TranslationTask):
         src_lengths = sample["net_input"]["src_lengths"]
         encoder_out = model.encoder(src_tokens, src_lengths=src_lengths)
         codes = model.posterior_codes(sample["target"], src_lengths, encoder_out)
-        tokens = model.decode_codes(codes, encoder_out).argmax(-1)
-        positions = codes.ge(0).repeat_interleave(model.multiple, dim=1)
-        lengths = word_lengths(tokens, positions, self.target_dictionary.eos())
+        log_probabilities = torch.log_softmax(model.decode_codes(codes, encoder_out).float(), -1)
+        tokens, _, lengths = read_words(
+            model, log_probabilities, codes, encoder_out, self.cfg.blank_penalty
+        )
         return [row[:n] for row, n in zip(tokens, lengths.tolist(), strict=True)]
 
     def bleu_statistics(

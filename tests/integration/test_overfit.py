@@ -28,6 +28,7 @@ KINDS = {
     "hard-em": (),
     "gradient-vq": (),
     "gumbel": ("--gumbel-temperature", "1:0.2@400", "--gumbel-noise", "0:0.3@100-200"),
+    "ctc": ("--output", "ctc", "--upsample-scale", 3, "--hidden-codes", 0.2),
     "semhash": ("--semhash-discrete", "0:1@100-300", "--lr-half-life", 400, "--max-update", 1000),
     "gm-vq": ("--gumbel-temperature", "1:0.2@400", "--gumbel-noise", "0:0.3@100-200"),
 }

@@ -56,6 +56,7 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "one step": dict(compress_steps=1, residual_blocks=0),
     "three steps": dict(compress_steps=3, residual_placement="before"),
     "separate embeddings": dict(share_all_embeddings=False),
+    "ctc": dict(output="ctc", upsample_scale=3),
     "gumbel": dict(bottleneck="gumbel"),
     "semhash": dict(bottleneck="semhash", codebook_size=16),
     "gm-vq": dict(bottleneck="gm-vq"),
@@ -294,6 +295,24 @@ def test_eight_bits_mostly_agree(tiny: Any, subwords: SubwordModel, tmp_path: Pa
     agreement = sum(a == b for a, b in pairs) / sum(map(len, expected))
     print(f"int8 agrees on {agreement:.1%} of {len(pairs)} tokens of a random student")
     assert agreement > 0.6
+
+
+@pytest.mark.parametrize("weights", ["float32", "int8"])
+def test_frames_and_their_blank(
+    tiny: Any, subwords: SubwordModel, tmp_path: Path, weights: str
+) -> None:
+    student = student_of(tiny, output="ctc", embed_dim=64)
+    sources = sentences(60, seed=6)
+    lengths = []
+    for penalty in (-7.0, 0.0):
+        translator = translator_of(tiny, student, subwords, "greedy", blank_penalty=penalty)
+        ours = exported(translator, tmp_path / str(penalty), weights)
+        found = ours.translate_ids(sources)
+        if weights == "float32":
+            assert found == generated(tiny, translator, sources)
+        assert [ours.translate_ids([source])[0] for source in sources] == found
+        lengths.append(sum(map(len, found)))
+    assert 60 < lengths[0] < 0.9 * lengths[1]
 
 
 def test_pad_latent_and_repeats(tiny: Any, subwords: SubwordModel, tmp_path: Path) -> None:

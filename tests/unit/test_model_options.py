@@ -36,6 +36,8 @@ from fairseq_vqem.models import VQEMTransformer
         dict(gold_schedule="0.5"),
         dict(quantise_schedule="0.5"),
         dict(predicted_schedule="0.3"),
+        dict(output="ctc"),
+        dict(output="ctc", gold_schedule="0.5", hidden_codes=0.5, upsample_scale=3),
         dict(predictor_prior="0.2"),
         dict(predictor_prior="0.2", bottleneck="hard-em"),
         dict(dropout=0.2, attention_dropout=0.1, activation_dropout=0.1),

@@ -9,10 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from fairseq_vqem.peers.base import left_packed
-from fairseq_vqem.peers.ctc import best_alignment, collapse, frames_needed, random_choice
-from fairseq_vqem.peers.ctc_nat import CTCOutput
-from fairseq_vqem.peers.losses import ctc_losses
+from fairseq_vqem.criterions.ctc import ctc_losses
+from fairseq_vqem.modules.ctc import (
+    CTCOutput,
+    best_alignment,
+    collapse,
+    frames_needed,
+    left_packed,
+    random_choice,
+)
 
 BLANK = 0
 SENTENCES = [[], [1], [1, 1], [1, 2], [2, 1, 1], [1, 1, 1], [1, 2, 1, 2], [2, 2, 1]]

@@ -16,8 +16,8 @@ from fairseq.models.transformer import TransformerModel
 from torch import Tensor
 
 from fairseq_vqem.generation import parts
+from fairseq_vqem.modules.ctc import frames_needed, frames_to_show, upsample
 from fairseq_vqem.peers.config import CTCNATConfig, FertilityNATConfig
-from fairseq_vqem.peers.ctc import frames_needed
 from fairseq_vqem.peers.generator import ParallelGenerator
 from fairseq_vqem.peers.losses import CTCNATLoss, FertilityNATLoss
 from fairseq_vqem.tasks.translation_nat import TranslationNATConfig, TranslationNATTask
@@ -272,7 +272,7 @@ def test_each_source_token_gives_as_many_frames_as_asked() -> None:
     model = make_model("ctc_nat", upsample_scale=3)
     sample = batch([[4, 5], [6]], padding=2)
     encoder_out = model.encoder(sample["net_input"]["src_tokens"])
-    inputs, frames = model.upsample(encoder_out)
+    inputs, frames = upsample(encoder_out, 3)
     assert frames.sum(1).tolist() == [12, 9]
     embed = model.encoder.embed_scale * model.encoder.embed_tokens.weight
     for row, source in enumerate([[BOS, 4, 5, EOS], [BOS, 6, EOS]]):
@@ -297,7 +297,9 @@ def test_glancing_reveals_a_share_of_the_wrong_frames(ratio: float) -> None:
     changed = (plain != shown).any(-1)
     assert not (changed & ~output.glanced).any()
     torch.manual_seed(0)
-    aligned, _ = model.glance(first, output.frames, output.words, output.counts, ratio)
+    aligned, _ = frames_to_show(
+        first, output.frames, output.words, output.counts, model.blank, ratio
+    )
     embed = model.decoder.embed_scale * model.decoder.embed_tokens.weight
     assert torch.allclose(shown[output.glanced], embed[aligned[output.glanced]])
     for row in range(len(sources)):
