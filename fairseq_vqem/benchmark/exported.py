@@ -17,7 +17,8 @@ class ExportedEngine:
     """A student in ONNX Runtime, exported into a temporary folder.
 
     Args:
-        checkpoint: one ``vqem_transformer``.
+        checkpoint: one ``vqem_transformer``, with ``rescore: teacher`` followed by a colon and the
+            teacher.
         options: ``weights`` (float32 or int8) and decoding options of the task; ``workers``
             share the threads.
 
@@ -42,7 +43,17 @@ class ExportedEngine:
         # The runtime may read the weights whenever it likes: the folder lives as long as this does.
         self._folder = tempfile.TemporaryDirectory()
         artefact = Path(self._folder.name) / "model"
-        export(Path(checkpoint), data, artefact, weights=weights, task_overrides=task_options)
+        student, *teacher = checkpoint.split(":")
+        if task_options.pop("rescore", "none") != ("teacher" if teacher else "none"):
+            raise UserError("an exported row re-scores with rescore: teacher, or not at all")
+        export(
+            Path(student),
+            data,
+            artefact,
+            weights=weights,
+            teacher=Path(teacher[0]) if teacher else None,
+            task_overrides=task_options,
+        )
         try:
             self.translator = StandaloneTranslator(
                 artefact, max(1, threads // self.workers), max_tokens=sys.maxsize

@@ -16,6 +16,7 @@ from fairseq_vqem.errors import UserError
 from fairseq_vqem.export import standalone
 from fairseq_vqem.export.graphs import StudentGraphs, integer_probe
 from fairseq_vqem.export.onnx_graph import WEIGHTS_FILE, WeightFile
+from fairseq_vqem.export.teacher import TeacherGraph
 from fairseq_vqem.generation.api import Translator
 
 PROGRAM = "standalone.py"
@@ -50,21 +51,33 @@ def write_artefact(
 def write_graphs(
     folder: Path, translator: Translator, options: standalone.Options, quantised: bool
 ) -> None:
+    student = translator.models[0]
     with WeightFile(folder / WEIGHTS_FILE) as file:
         graphs = StudentGraphs(
-            translator.models[0],
+            student,
             file,
             quantised,
             max_source=options.max_source_tokens,
             max_codes=options.table_codes,
             blank_penalty=translator.generator.blank_penalty,
         )
-        for name in standalone.GRAPHS:
-            graph = getattr(graphs, name)()
-            (folder / f"{name}.onnx").write_bytes(graph.SerializeToString())
+        made = {name: getattr(graphs, name)() for name in standalone.GRAPHS}
+        if options.candidates > 1:
+            longest = options.table_codes * options.positions_per_code
+            if student.planned_frames is not None:
+                longest = options.max_source_tokens * student.planned_frames.scale
+            teacher = TeacherGraph(
+                translator.models[-1],
+                file,
+                quantised,
+                max_source=options.max_source_tokens,
+                max_words=longest + 1,
+            )
+            made[standalone.SCORE] = teacher.score()
         if quantised:
-            probe = integer_probe(file)
-            (folder / standalone.PROBE).write_bytes(probe.SerializeToString())
+            made[standalone.PROBE] = integer_probe(file)
+    for name, graph in made.items():
+        (folder / f"{name}.onnx").write_bytes(graph.SerializeToString())
 
 
 def write_manifest(

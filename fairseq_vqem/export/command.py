@@ -28,6 +28,9 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "export", help="write a student that translates without fairseq and torch (ONNX Runtime)"
     )
     parser.add_argument("--checkpoint", type=Path, required=True, help="the student")
+    parser.add_argument(
+        "--teacher", type=Path, help="autoregressive teacher that chooses among the candidates"
+    )
     parser.add_argument("--data", type=Path, required=True, help="its binarised data")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must be new")
     parser.add_argument(
@@ -39,6 +42,9 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("--latent-beam", type=int, help="beam of the latent search; 1 is greedy")
     parser.add_argument(
+        "--latent-candidates", type=int, help="code sequences decoded, for --teacher to choose from"
+    )
+    parser.add_argument(
         "--latent-end",
         choices=("marginal", "joint"),
         help="end where that is likelier than all codes together, or than the best one",
@@ -47,6 +53,11 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--latent-max-ratio", type=float, help="longest output, as a multiple of the source length"
     )
     parser.add_argument("--latent-max-offset", type=int, help="… plus this many tokens")
+    parser.add_argument(
+        "--blank-penalty",
+        type=float,
+        help="of --output ctc: taken from the blank's score",
+    )
     for flag, text in (
         ("--stop-at-pad-latent", "end at the EOS/PAD latent of Appendix C"),
         ("--remove-repeats", "collapse runs of one token"),
@@ -57,8 +68,8 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def _run(arguments: argparse.Namespace) -> int:
     decoding = (
-        *("latent_beam", "latent_end", "latent_max_ratio", "latent_max_offset"),
-        *("stop_at_pad_latent", "remove_repeats"),
+        *("latent_beam", "latent_candidates", "latent_end", "latent_max_ratio"),
+        *("latent_max_offset", "blank_penalty", "stop_at_pad_latent", "remove_repeats"),
     )
     given = {name: getattr(arguments, name) for name in decoding}
     overrides = {name: value for name, value in given.items() if value is not None}
@@ -67,6 +78,7 @@ def _run(arguments: argparse.Namespace) -> int:
         arguments.data,
         arguments.out,
         weights=arguments.weights,
+        teacher=arguments.teacher,
         task_overrides=overrides,
     )
     print(f"{arguments.out}: {agreement:.1%} of the tokens of random sentences are the model's own")
@@ -79,6 +91,7 @@ def export(
     out: Path,
     *,
     weights: str = "float32",
+    teacher: Path | None = None,
     task_overrides: dict[str, Any] | None = None,
 ) -> float:
     """Write the student ``checkpoint`` to the folder ``out``.
@@ -86,6 +99,7 @@ def export(
     Args:
         data: binarised data with both dictionaries and the subword model.
         weights: ``float32`` or ``int8``.
+        teacher: an autoregressive model that chooses among ``latent_candidates``.
         task_overrides: decoding options where they are not the checkpoint's.
 
     Returns:
@@ -101,7 +115,11 @@ def export(
     from fairseq_vqem.export.artefact import write_artefact
     from fairseq_vqem.generation.api import Translator
 
-    translator = Translator.from_checkpoint(checkpoint, data, task_overrides=task_overrides)
+    overrides = dict(task_overrides or {})
+    models = str(checkpoint)
+    if teacher is not None:
+        models, overrides["rescore"] = f"{checkpoint}:{teacher}", "teacher"
+    translator = Translator.from_checkpoint(models, data, task_overrides=overrides)
     write_artefact(out, translator, decoding_options(translator), weights)
     return _checked_agreement(translator, out, weights)
 
@@ -136,6 +154,7 @@ def decoding_options(translator: Translator) -> Options:
             codes=student.cfg.codebook_size,
             max_source_tokens=translator.max_source_tokens,
             max_target_tokens=student.cfg.max_target_positions,
+            candidates=search.candidates if generator.rescore == "teacher" else 1,
             collapse=student.planned_frames is not None,
         )
     except StandaloneError as error:
@@ -146,15 +165,15 @@ def _check_exportable(translator: Translator, generator: Any) -> None:
     from fairseq_vqem.models.config import LARGEST_JOINT_CODEBOOK
 
     student = translator.models[0]
-    if len(translator.models) > 1:
+    if len(generator.students(translator.models)) > 1:
         raise UserError(
-            "An ensemble or a student with a teacher cannot be exported; give one student (average"
-            " checkpoints of a run to join them)."
+            "An ensemble cannot be exported; give one student (average checkpoints of a run to join"
+            " them)."
         )
-    if generator.rescore != "none":
+    if generator.rescore == "latent":
         raise UserError(
-            f"Re-scoring (rescore {generator.rescore}) cannot be exported; the checkpoint's task"
-            " has to have rescore none."
+            "Re-scoring by the student itself (rescore latent) cannot be exported; choose none, or"
+            " give a --teacher."
         )
     if generator.search.temperature:
         raise UserError("Sampled codes cannot be exported; set the latent temperature to 0.")

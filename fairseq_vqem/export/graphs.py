@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import onnx
 import torch
@@ -11,6 +9,7 @@ from onnx import TensorProto
 from torch import Tensor
 
 from fairseq_vqem.export import standalone
+from fairseq_vqem.export.encoder import encode_source, positions
 from fairseq_vqem.export.layers import (
     MASKED,
     ExpanderLayers,
@@ -67,24 +66,13 @@ class StudentGraphs:
         keys and values ``[B, H, S, D/H]`` of each layer of the latent predictor."""
         graph, encoder = self.builder("encode"), self.student.encoder
         tokens = graph.input("tokens", np.int64, ["B", "S"])
-        shape = graph.op("Shape", tokens)
-        name, table = self.embeddings("source")
-        x = graph.op("Mul", graph.embed(name, table, tokens), np.float32(encoder.embed_scale))
-        positions = self.positions(graph, "source", encoder.embed_positions, self.max_source)
-        x = graph.op("Add", x, graph.first(positions, graph.size(tokens, 1)))
-        padding = graph.op("Equal", tokens, np.int64(self.student.pad))
-        real = graph.op("Cast", graph.op("Not", padding), to=TensorProto.FLOAT)
-        bias = attention_bias(graph, real)
-        each = for_queries(graph, bias, graph.size(tokens, 1))
-        rows = Rows(graph.reshape(x, -1, self.dimension), shape)
-        for number, layer in enumerate(encoder.layers):
-            part = TransformerLayer(graph, f"encoder.{number}", layer)
-            rows = part.feed_forward(part.attend_to_itself(rows, each))
-        states = graph.norm(rows.x, "encoder.layer_norm", encoder.layer_norm)
-        unfolded = graph.reshape(states, shape, self.dimension)
+        states, bias = encode_source(
+            graph, "", encoder, tokens, self.embeddings("source"), self.max_source
+        )
+        unfolded = graph.reshape(states.x, states.shape, self.dimension)
         graph.output("states", unfolded, np.float32, ["B", "S", self.dimension])
         graph.output("source_bias", bias, np.float32, ["B", 1, 1, "S"])
-        self.source_keys_and_values(graph, Rows(states, shape))
+        self.source_keys_and_values(graph, states)
         return graph.model()
 
     def source_keys_and_values(self, graph: GraphBuilder, states: Rows) -> None:
@@ -154,10 +142,10 @@ class StudentGraphs:
         symbols = graph.op("Where", start, np.int64(dictionary.eos()), symbols)
         x = graph.embed("latent_predictor.embeddings", predictor.embed_tokens.weight, symbols)
         x = graph.op("Mul", x, np.float32(predictor.embed_scale))
-        positions = self.positions(
-            graph, "latent_predictor", predictor.embed_positions, self.max_codes + 1
+        places = positions(
+            graph, "positions.latent_predictor", predictor.embed_positions, self.max_codes + 1
         )
-        x = graph.op("Add", x, graph.op("Gather", positions, graph.size(cache, 2)))
+        x = graph.op("Add", x, graph.op("Gather", places, graph.size(cache, 2)))
         return graph.reshape(x, -1, self.dimension)
 
     def code_probabilities(self, graph: GraphBuilder, x: str, width: str) -> None:
@@ -197,8 +185,8 @@ class StudentGraphs:
         if self.student.planned_frames is not None:
             x, mask = self.planned_frames(graph, x, mask, self.student.planned_frames)
             longest = self.max_source * self.student.planned_frames.scale
-        positions = self.positions(graph, "target", decoder.embed_positions, longest)
-        x = graph.op("Add", x, graph.first(positions, graph.size(x, 1)))
+        places = positions(graph, "positions.target", decoder.embed_positions, longest)
+        x = graph.op("Add", x, graph.first(places, graph.size(x, 1)))
         shape = graph.op("Shape", mask, end=2)
         rows = Rows(graph.reshape(x, -1, self.dimension), shape)
         rows = self.decoder_layers(graph, rows, graph.reshape(mask, shape))
@@ -316,12 +304,6 @@ class StudentGraphs:
         missing = -(table.size(0) - self.first_word) % ARGMAX_BLOCK
         table = torch.cat([table, table[-1:].expand(missing, -1)])
         return "embeddings" if shared else f"embeddings.{side}", table
-
-    def positions(self, graph: GraphBuilder, side: str, module: Any, count: int) -> str:
-        """The first ``count`` position embeddings ``[count, D]``."""
-        first = module.padding_idx + 1
-        table = module.get_embedding(first + count, self.dimension, module.padding_idx)[first:]
-        return graph.weight(f"positions.{side}", table)
 
 
 def integer_probe(weights: WeightFile) -> onnx.ModelProto:

@@ -30,7 +30,9 @@ FORMAT_VERSION = 2  # 2 has an option that programs for 1 do not know
 READABLE_VERSIONS = (1, FORMAT_VERSION)
 MANIFEST = "manifest.json"
 GRAPHS = ("encode", "step", "decode")
-PROBE = "probe.onnx"
+DECODER_READS = ("tokens", "states", "source_bias")
+SCORE = "score"  # the teacher's graph, where candidates are re-scored
+PROBE = "probe"
 PROBE_SIZE, PROBE_WEIGHT, PROBE_VALUE = 64, 127, 255
 BOS, PAD, EOS, UNK = range(4)  # fairseq's special symbols
 IMPOSSIBLE = np.float32(-1e9)
@@ -58,9 +60,10 @@ class Options:
         codes: size of the codebook.
         max_source_tokens, max_target_tokens: positions the model has.
         collapse: words come from CTC frames: merge runs, then drop the blank, which is 0.
+        candidates: code sequences decoded, of which the teacher chooses; 1 without a teacher.
 
     Raises:
-        StandaloneError: the latent beam is not between 1 and the number of codes.
+        StandaloneError: the latent beam is not between the candidates and the number of codes.
     """
 
     latent_beam: int
@@ -75,12 +78,13 @@ class Options:
     max_source_tokens: int
     max_target_tokens: int
     collapse: bool = False
+    candidates: int = 1
 
     def __post_init__(self) -> None:
-        if not 1 <= self.latent_beam <= self.codes:
+        if not self.candidates <= self.latent_beam <= self.codes:
             raise StandaloneError(
-                f"A latent beam of {self.latent_beam} is impossible with {self.codes} codes;"
-                f" choose 1 to {self.codes}."
+                f"A latent beam of {self.latent_beam} is impossible with {self.codes} codes and"
+                f" {self.candidates} candidates; choose {self.candidates} to {self.codes}."
             )
 
     def most_codes(self, source_tokens: int) -> int:
@@ -131,9 +135,10 @@ class StandaloneTranslator:
         )
         self.source = Dictionary(folder / manifest["dictionaries"]["source"])
         self.target = Dictionary(folder / manifest["dictionaries"]["target"])
-        self.graphs = {name: Graph(folder / f"{name}.onnx", threads) for name in GRAPHS}
+        names = (*GRAPHS, SCORE) if self.options.candidates > 1 else GRAPHS
+        self.graphs = {name: Graph(folder / f"{name}.onnx", threads) for name in names}
         if manifest["weights"] == "int8":
-            check_integer_products(Graph(folder / PROBE, 1))
+            check_integer_products(Graph(folder / f"{PROBE}.onnx", 1))
 
     def translate(self, sentences: Sequence[str]) -> list[str]:
         """Return one translation for each sentence, in order; nothing to read gives ``""``.
@@ -197,12 +202,20 @@ class StandaloneTranslator:
             row[: len(source)] = source
         encoded = self.graphs["encode"]({"tokens": tensor(tokens)})
         search = LatentSearch(self.graphs["step"], encoded, self.options, lengths, forced)
-        codes = search.run()
+        codes = search.run(self.options.candidates)
+        read = {**encoded, "tokens": tensor(tokens)}
+        if self.options.candidates == 1:
+            return self._decode(read, codes)
+        owners = np.repeat(np.arange(len(sources)), self.options.candidates)
+        repeated = {name: tensor(read[name].numpy()[owners]) for name in DECODER_READS}
+        return self._best(read["tokens"], owners, self._decode(repeated, codes))
+
+    def _decode(self, source: Mapping[str, Any], codes: NDArray[np.int64]) -> list[list[int]]:
+        """The words of each row of ``codes`` ``[R, L]``, -1 after the end."""
         codes = codes[:, : max(1, (codes >= 0).sum(1).max())]
         decodable = codes.copy()
         decodable[:, 0] = np.maximum(codes[:, 0], 0)  # attention over nothing is undefined
-        fed = {**encoded, "tokens": tensor(tokens), "codes": tensor(decodable)}
-        words = self.graphs["decode"](fed)["words"].numpy()
+        words = self.graphs["decode"]({**source, "codes": tensor(decodable)})["words"].numpy()
         counts = (codes >= 0).sum(1)
         if self.options.collapse:
             counts = np.where(counts > 0, words.shape[1], 0)  # no codes, no words
@@ -210,6 +223,25 @@ class StandaloneTranslator:
             return [self._output(path_words(path)) for path in paths]
         counts *= self.options.positions_per_code
         return [self._output(row[:count]) for row, count in zip(words, counts, strict=True)]
+
+    def _best(
+        self, tokens: Any, owners: NDArray[np.int64], candidates: Sequence[list[int]]
+    ) -> list[list[int]]:
+        """For each source the candidate that the teacher finds the likeliest, word by word."""
+        # many candidates are alike: each is scored once
+        pairs = zip(owners.tolist(), candidates, strict=True)
+        distinct = list(dict.fromkeys((owner, *ids) for owner, ids in pairs))
+        words = np.full((len(distinct), max(map(len, distinct)) - 1), PAD, np.int64)
+        for row, (_, *ids) in zip(words, distinct, strict=True):
+            row[: len(ids)] = ids
+        rows = np.array([owner for owner, *_ in distinct])
+        feed = {"tokens": tokens, "owners": tensor(rows), "words": tensor(words)}
+        scores = self.graphs[SCORE](feed)["scores"].numpy()
+        best: dict[int, int] = {}
+        for place, (owner, *_) in enumerate(distinct):
+            if owner not in best or scores[place] > scores[best[owner]]:
+                best[owner] = place
+        return [list(distinct[best[owner]][1:]) for owner in sorted(best)]
 
     def _output(self, words: NDArray[np.int64]) -> list[int]:
         """Words before the first end of sentence, then the end of sentence."""
@@ -278,15 +310,17 @@ class LatentSearch:
             if name.startswith("past_"):
                 self.feed[name] = tensor(np.zeros((rows, shape[1], 0, shape[3]), np.float32))
 
-    def run(self) -> NDArray[np.int64]:
-        """The best codes ``[B, L]`` of each sentence, -1 after the end."""
+    def run(self, candidates: int = 1) -> NDArray[np.int64]:
+        """The best codes ``[B·candidates, L]`` of each sentence, best first, -1 after the end."""
         while not self.finished.all():
             self._advance()
         if self.stop_code is not None:
             self.codes[self.codes == self.stop_code] = -1
         shape = (self.batch, self.width)
-        best = (self.scores / np.maximum(self.lengths, 1)).reshape(shape).argmax(1)
-        codes: NDArray[np.int64] = self.codes.reshape(*shape, -1)[np.arange(self.batch), best]
+        scores = (self.scores / np.maximum(self.lengths, 1)).reshape(shape)
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :candidates]
+        rows = (np.arange(self.batch)[:, None] * self.width + order).reshape(-1)
+        codes: NDArray[np.int64] = self.codes[rows]
         return codes
 
     def _advance(self) -> None:

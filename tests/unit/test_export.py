@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import random
 from pathlib import Path
@@ -14,6 +15,8 @@ import torch
 
 pytest.importorskip("onnx", reason="needs pip install 'fairseq_vqem[export]'")
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs pip install 'fairseq_vqem[export]'")
+
+from teacher_helpers import tiny_teacher  # noqa: E402
 
 from fairseq_vqem.corpora.subwords import SubwordModel, train_subwords  # noqa: E402
 from fairseq_vqem.errors import UserError  # noqa: E402
@@ -88,13 +91,17 @@ def subwords(tmp_path_factory: pytest.TempPathFactory) -> SubwordModel:
 
 
 def translator_of(
-    tiny: Any, student: VQEMTransformer, subwords: SubwordModel, search: str, **options: Any
+    tiny: Any, student: Any, subwords: SubwordModel, search: str, **options: Any
 ) -> Any:
-    """What ``Translator.from_checkpoint`` makes of ``student``, as far as an export looks at it."""
+    """What ``Translator.from_checkpoint`` makes of ``student``, as far as an export looks at it.
+
+    A list is a student and its teacher.
+    """
     task = tiny.task()
-    generator = LatentGenerator(task.target_dictionary, [student], SEARCHES[search], **options)
+    models = student if isinstance(student, list) else [student]
+    generator = LatentGenerator(task.target_dictionary, models, SEARCHES[search], **options)
     return SimpleNamespace(
-        models=[student],
+        models=models,
         task=task,
         generator=generator,
         subwords=subwords,
@@ -114,6 +121,30 @@ def generated(tiny: Any, translator: Any, sources: Sources) -> Sources:
     batch["target"] = None
     found = translator.generator.generate(translator.models, batch)
     return [hypotheses[0]["tokens"].tolist() for hypotheses in found]
+
+
+def assert_same(tiny: Any, translator: Any, sources: Sources, found: Sources) -> None:
+    """``found`` is what fairseq translates, but for ties, which processors break differently."""
+    expected = generated(tiny, translator, sources)
+    assert len(found) == len(expected)
+    others = [i for i, output in enumerate(found) if output != expected[i]]
+    assert len(others) <= 1 + len(sources) // 100
+    for i in others:
+        assert is_tie(tiny, translator, sources[i]), (found[i], expected[i])
+
+
+def is_tie(tiny: Any, translator: Any, source: list[int]) -> bool:
+    """Whether the last digits of the parameters decide about the translation."""
+    outputs = set()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        changed = copy.copy(translator)
+        changed.models = copy.deepcopy(translator.models)
+        with torch.no_grad():
+            for parameter in itertools.chain(*(model.parameters() for model in changed.models)):
+                parameter.mul_(1 + 1e-6 * torch.randn_like(parameter))
+        outputs.add(tuple(generated(tiny, changed, [source])[0]))
+    return len(outputs) > 1
 
 
 def student_of(tiny: Any, seed: int = 3, **options: Any) -> VQEMTransformer:
@@ -248,7 +279,7 @@ def test_five_hundred_sentences_are_translated_as_by_fairseq(
     ours = exported(translator, tmp_path)
     sources = sentences(520)
     found = ours.translate_ids(sources)
-    assert found == generated(tiny, translator, sources)
+    assert_same(tiny, translator, sources, found)
     assert len({tuple(output) for output in found}) > 100
     assert len({len(output) for output in found}) > 5
 
@@ -261,7 +292,7 @@ def test_every_kind_of_student(
     translator = translator_of(tiny, student_of(tiny, **STUDENTS[name]), subwords, search)
     sources = sentences(40, seed=1)
     found = exported(translator, tmp_path).translate_ids(sources)
-    assert found == generated(tiny, translator, sources)
+    assert_same(tiny, translator, sources, found)
     assert len({tuple(output) for output in found}) > 5
 
 
@@ -309,10 +340,45 @@ def test_frames_and_their_blank(
         ours = exported(translator, tmp_path / str(penalty), weights)
         found = ours.translate_ids(sources)
         if weights == "float32":
-            assert found == generated(tiny, translator, sources)
+            assert_same(tiny, translator, sources, found)
         assert [ours.translate_ids([source])[0] for source in sources] == found
         lengths.append(sum(map(len, found)))
     assert 60 < lengths[0] < 0.9 * lengths[1]
+
+
+@pytest.mark.parametrize("output", ["positions", "ctc"])
+def test_candidates_rescored_by_the_teacher(
+    tiny: Any, subwords: SubwordModel, tmp_path: Path, output: str
+) -> None:
+    """As fairseq's re-ranker chooses, and not what comes first."""
+    student = student_of(tiny, output=output)
+    teacher = tiny_teacher(tiny.task(), layers=2, normalize_before=True)
+    sources = sentences(300, seed=8)
+    plain = translator_of(tiny, student, subwords, "greedy", remove_repeats=True)
+    translator = translator_of(
+        *(tiny, [student, teacher], subwords, "candidates"), rescore="teacher", remove_repeats=True
+    )
+    ours = exported(translator, tmp_path)
+    found = ours.translate_ids(sources)
+    assert_same(tiny, translator, sources, found)
+    assert ours.options.candidates == 3
+    firsts = generated(tiny, plain, sources)
+    assert sum(a != b for a, b in zip(found, firsts, strict=True)) > 30
+    ours.max_tokens = 50
+    assert ours.translate_ids(sources) == found
+    assert [ours.translate_ids([source])[0] for source in sources[:30]] == found[:30]
+    int8 = exported(translator, tmp_path / "int8", "int8").translate_ids(sources)
+    assert sum(a == b for a, b in zip(found, int8, strict=True)) > 100
+
+
+def test_teachers_that_cannot_be_written(tiny: Any, subwords: SubwordModel, tmp_path: Path) -> None:
+    student = student_of(tiny)
+    for teacher in (tiny_teacher(tiny.task()), tiny.model()):
+        models = [student, teacher]
+        with pytest.raises(UserError, match=r"normalises before each block|teacher's checkpoint"):
+            translator = translator_of(tiny, models, subwords, "candidates", rescore="teacher")
+            exported(translator, tmp_path)
+        assert not list(tmp_path.iterdir())
 
 
 def test_pad_latent_and_repeats(tiny: Any, subwords: SubwordModel, tmp_path: Path) -> None:
@@ -327,7 +393,7 @@ def test_pad_latent_and_repeats(tiny: Any, subwords: SubwordModel, tmp_path: Pat
         translator.generator.search = LatentSearchOptions(beam=beam, stop_code=int(codes.mode()[0]))
         folder = tmp_path / name
         expected = generated(tiny, translator, sources)
-        assert exported(translator, folder).translate_ids(sources) == expected
+        assert_same(tiny, translator, sources, exported(translator, folder).translate_ids(sources))
         lengths = [len(output) for output in expected]
         assert min(lengths) == 1 < max(lengths)
         assert all(a != b for output in expected for a, b in itertools.pairwise(output))
