@@ -39,10 +39,12 @@ class ExportedEngine:
         task_options = dict(options)
         weights = task_options.pop("weights", "float32")
         self.workers = int(task_options.pop("workers", 1))
-        self.parameters = Translator.from_checkpoint(checkpoint, data).parameters
+        each = [Translator.from_checkpoint(part, data) for part in checkpoint.split(":")]
+        self.parameters = sum(translator.parameters for translator in each)
         # The runtime may read the weights whenever it likes: the folder lives as long as this does.
         self._folder = tempfile.TemporaryDirectory()
         artefact = Path(self._folder.name) / "model"
+        penalty = task_options.pop("iter_decode_eos_penalty", None)  # of ctc_nat
         student, *teacher = checkpoint.split(":")
         if task_options.pop("rescore", "none") != ("teacher" if teacher else "none"):
             raise UserError("an exported row re-scores with rescore: teacher, or not at all")
@@ -52,6 +54,7 @@ class ExportedEngine:
             artefact,
             weights=weights,
             teacher=Path(teacher[0]) if teacher else None,
+            blank_penalty=penalty,
             task_overrides=task_options,
         )
         try:

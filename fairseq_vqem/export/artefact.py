@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import fairseq_vqem
 from fairseq_vqem.corpora.files import file_sha256
@@ -16,8 +17,10 @@ from fairseq_vqem.errors import UserError
 from fairseq_vqem.export import standalone
 from fairseq_vqem.export.graphs import StudentGraphs, integer_probe
 from fairseq_vqem.export.onnx_graph import WEIGHTS_FILE, WeightFile
+from fairseq_vqem.export.parallel import CTCGraphs
 from fairseq_vqem.export.teacher import TeacherGraph
 from fairseq_vqem.generation.api import Translator
+from fairseq_vqem.generation.latent_generator import LatentGenerator
 
 PROGRAM = "standalone.py"
 DICTIONARIES = {"source": "dictionary.source.json", "target": "dictionary.target.json"}
@@ -51,26 +54,26 @@ def write_artefact(
 def write_graphs(
     folder: Path, translator: Translator, options: standalone.Options, quantised: bool
 ) -> None:
-    student = translator.models[0]
+    model, longest_source = translator.models[0], options.max_source_tokens
     with WeightFile(folder / WEIGHTS_FILE) as file:
-        graphs = StudentGraphs(
-            student,
-            file,
-            quantised,
-            max_source=options.max_source_tokens,
-            max_codes=options.table_codes,
-            blank_penalty=translator.generator.blank_penalty,
+        shared: dict[str, Any] = dict(
+            quantised=quantised,
+            max_source=longest_source,
+            blank_penalty=blank_penalty(translator.generator),
         )
-        made = {name: getattr(graphs, name)() for name in standalone.GRAPHS}
-        if options.candidates > 1:
+        graphs = (
+            StudentGraphs(model, file, max_codes=options.table_codes, **shared)
+            if options.codes
+            else CTCGraphs(model, file, blank=model.blank, **shared)
+        )
+        names = standalone.graph_names(options)
+        made = {name: getattr(graphs, name)() for name in names if name != standalone.SCORE}
+        if standalone.SCORE in names:
             longest = options.table_codes * options.positions_per_code
-            if student.planned_frames is not None:
-                longest = options.max_source_tokens * student.planned_frames.scale
+            if model.planned_frames is not None:
+                longest = longest_source * model.planned_frames.scale
             teacher = TeacherGraph(
-                translator.models[-1],
-                file,
-                quantised,
-                max_source=options.max_source_tokens,
+                *(translator.models[-1], file, quantised, longest_source),
                 max_words=longest + 1,
             )
             made[standalone.SCORE] = teacher.score()
@@ -78,6 +81,13 @@ def write_graphs(
             made[standalone.PROBE] = integer_probe(file)
     for name, graph in made.items():
         (folder / f"{name}.onnx").write_bytes(graph.SerializeToString())
+
+
+def blank_penalty(generator: Any) -> float:
+    """What ``generator`` takes from the blank's log-probability."""
+    if isinstance(generator, LatentGenerator):
+        return generator.blank_penalty
+    return float(generator.eos_penalty)  # the option of fairseq that ctc_nat reads it from
 
 
 def write_manifest(

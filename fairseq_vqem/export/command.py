@@ -69,7 +69,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def _run(arguments: argparse.Namespace) -> int:
     decoding = (
         *("latent_beam", "latent_candidates", "latent_end", "latent_max_ratio"),
-        *("latent_max_offset", "blank_penalty", "stop_at_pad_latent", "remove_repeats"),
+        *("latent_max_offset", "stop_at_pad_latent", "remove_repeats"),
     )
     given = {name: getattr(arguments, name) for name in decoding}
     overrides = {name: value for name, value in given.items() if value is not None}
@@ -79,6 +79,7 @@ def _run(arguments: argparse.Namespace) -> int:
         arguments.out,
         weights=arguments.weights,
         teacher=arguments.teacher,
+        blank_penalty=arguments.blank_penalty,
         task_overrides=overrides,
     )
     print(f"{arguments.out}: {agreement:.1%} of the tokens of random sentences are the model's own")
@@ -92,6 +93,7 @@ def export(
     *,
     weights: str = "float32",
     teacher: Path | None = None,
+    blank_penalty: float | None = None,
     task_overrides: dict[str, Any] | None = None,
 ) -> float:
     """Write the student ``checkpoint`` to the folder ``out``.
@@ -100,6 +102,7 @@ def export(
         data: binarised data with both dictionaries and the subword model.
         weights: ``float32`` or ``int8``.
         teacher: an autoregressive model that chooses among ``latent_candidates``.
+        blank_penalty: taken from the blank's log-probability of a CTC model; None leaves it.
         task_overrides: decoding options where they are not the checkpoint's.
 
     Returns:
@@ -120,6 +123,8 @@ def export(
     if teacher is not None:
         models, overrides["rescore"] = f"{checkpoint}:{teacher}", "teacher"
     translator = Translator.from_checkpoint(models, data, task_overrides=overrides)
+    if blank_penalty is not None:
+        _set_blank_penalty(translator, blank_penalty)
     write_artefact(out, translator, decoding_options(translator), weights)
     return _checked_agreement(translator, out, weights)
 
@@ -135,10 +140,7 @@ def decoding_options(translator: Translator) -> Options:
 
     generator = translator.generator
     if not isinstance(generator, LatentGenerator):
-        raise UserError(
-            "Only vqem_transformer students can be exported; use CTranslate2's fairseq converter"
-            " for an autoregressive model."
-        )
+        return _ctc_options(translator)
     _check_exportable(translator, generator)
     student, search = translator.models[0], generator.search
     try:
@@ -159,6 +161,42 @@ def decoding_options(translator: Translator) -> Options:
         )
     except StandaloneError as error:
         raise UserError(str(error)) from error
+
+
+def _ctc_options(translator: Translator) -> Options:
+    """The options of a ``ctc_nat``, which has no latents."""
+    from fairseq_vqem.export.standalone import Options
+    from fairseq_vqem.peers.ctc_nat import CTCNAT
+
+    model = translator.models[0]
+    if not isinstance(model, CTCNAT):
+        raise UserError(
+            "Only vqem_transformer and ctc_nat models can be exported; use CTranslate2's fairseq"
+            " converter for an autoregressive one."
+        )
+    return Options(
+        latent_beam=1,
+        marginal_end=False,
+        fixed_length=False,
+        max_ratio=float(model.scale),
+        max_offset=0,
+        stop_code=None,
+        remove_repeats=translator.generator.remove_repeats,
+        positions_per_code=1,
+        codes=0,
+        max_source_tokens=translator.max_source_tokens,
+        max_target_tokens=model.cfg.max_target_positions,
+        collapse=True,
+        source_start=True,
+    )
+
+
+def _set_blank_penalty(translator: Translator, penalty: float) -> None:
+    from fairseq_vqem.generation.latent_generator import LatentGenerator
+
+    generator = translator.generator
+    name = "blank_penalty" if isinstance(generator, LatentGenerator) else "eos_penalty"
+    setattr(generator, name, penalty)
 
 
 def _check_exportable(translator: Translator, generator: Any) -> None:
@@ -196,16 +234,19 @@ def _checked_agreement(translator: Translator, out: Path, weights: str) -> float
     draw = random.Random(1)
     words = len(translator.task.source_dictionary)
     eos = translator.task.source_dictionary.eos()
-    longest = min(LONGEST_CHECKED, translator.max_source_tokens - 1)
+    bos = translator.task.target_dictionary.bos()
+    longest = min(LONGEST_CHECKED, translator.max_source_tokens - 2)
     sources = [
         [*(draw.randrange(FIRST_WORD, words) for _ in range(draw.randint(1, longest))), eos]
         for _ in range(CHECKED_SENTENCES)
     ]
-    expected = translator.translate_tokens([torch.tensor(source) for source in sources])
+    outputs = translator.translate_tokens([torch.tensor(source) for source in sources])
+    # what fairseq's NAT task decodes begins with BOS
+    expected = [[token for token in output.tolist() if token != bos] for output in outputs]
     found = StandaloneTranslator(out, torch.get_num_threads()).translate_ids(sources)
     equal = positions = 0
     for own, other in zip(expected, found, strict=True):
-        equal += sum(a == b for a, b in zip(own.tolist(), other, strict=False))
+        equal += sum(a == b for a, b in zip(own, other, strict=False))
         positions += max(len(own), len(other))
     agreement = equal / positions
     if weights == "float32" and agreement < SMALLEST_AGREEMENT:

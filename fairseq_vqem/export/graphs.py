@@ -2,77 +2,55 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 import torch
 from onnx import TensorProto
-from torch import Tensor
 
 from fairseq_vqem.export import standalone
-from fairseq_vqem.export.encoder import encode_source, positions
+from fairseq_vqem.export.encoder import positions
 from fairseq_vqem.export.layers import (
-    MASKED,
     ExpanderLayers,
     Rows,
     TransformerLayer,
-    attention_bias,
     for_queries,
     source_projections,
     stacked_projection,
 )
 from fairseq_vqem.export.onnx_graph import GraphBuilder, WeightFile
+from fairseq_vqem.export.parallel import ParallelGraphs
 from fairseq_vqem.models.vqem_transformer import VQEMTransformer
 from fairseq_vqem.modules.frames import PlannedFrames
 
-ARGMAX_BLOCK = 128
-FIRST_WORD = 2  # the first dictionary id that may be written: <s> and <pad> come before
 
-
-class StudentGraphs:
-    """Builds the graphs of ``student`` into ``weights``.
+class StudentGraphs(ParallelGraphs):
+    """The graphs of a student with latents.
 
     B sentences, S source tokens, W beams each, R = B·W, H heads, L codes, T = L·2^n_c words.
 
     Args:
-        quantised: whether matrix products are computed in eight-bit integers.
-        max_source: most source tokens of a sentence.
         max_codes: most codes of a hypothesis.
-        blank_penalty: taken from the blank's logit in students with CTC output.
+        others: see `ParallelGraphs`.
     """
 
-    def __init__(
-        self,
-        student: VQEMTransformer,
-        weights: WeightFile,
-        quantised: bool,
-        max_source: int,
-        max_codes: int,
-        blank_penalty: float = 0.0,
-    ) -> None:
-        self.student, self.weights, self.quantised = student, weights, quantised
-        self.max_source, self.max_codes = max_source, max_codes
-        self.blank_penalty = blank_penalty
-        self.first_word = FIRST_WORD if student.planned_frames is None else student.blank
-        self.dimension = int(student.cfg.embed_dim)
-        self.heads = int(student.cfg.attention_heads)
+    model: VQEMTransformer
 
-    def builder(self, name: str) -> GraphBuilder:
-        return GraphBuilder(name, self.weights, self.quantised)
+    def __init__(
+        self, student: VQEMTransformer, weights: WeightFile, *, max_codes: int, **others: Any
+    ) -> None:
+        blank = None if student.planned_frames is None else student.blank
+        super().__init__(student, weights, blank=blank, **others)
+        self.student, self.max_codes = student, max_codes
 
     # ------------------------------------------------------------------ encode
 
     def encode(self) -> onnx.ModelProto:
         """Tokens ``[B, S]`` to states ``[B, S, D]``, their attention bias ``[B, 1, 1, S]`` and the
         keys and values ``[B, H, S, D/H]`` of each layer of the latent predictor."""
-        graph, encoder = self.builder("encode"), self.student.encoder
-        tokens = graph.input("tokens", np.int64, ["B", "S"])
-        states, bias = encode_source(
-            graph, "", encoder, tokens, self.embeddings("source"), self.max_source
-        )
-        unfolded = graph.reshape(states.x, states.shape, self.dimension)
-        graph.output("states", unfolded, np.float32, ["B", "S", self.dimension])
-        graph.output("source_bias", bias, np.float32, ["B", 1, 1, "S"])
-        self.source_keys_and_values(graph, states)
+        graph = self.builder("encode")
+        self.source_keys_and_values(graph, self.encoded(graph))
         return graph.model()
 
     def source_keys_and_values(self, graph: GraphBuilder, states: Rows) -> None:
@@ -173,7 +151,7 @@ class StudentGraphs:
 
         With CTC output T counts frames and 0 is also the blank.
         """
-        graph, decoder = self.builder("decode"), self.student.decoder
+        graph = self.builder("decode")
         codes = graph.input("codes", np.int64, ["B", "L"])
         with torch.no_grad():
             table = self.student.bottleneck.lookup(torch.arange(self.student.cfg.codebook_size))
@@ -185,19 +163,7 @@ class StudentGraphs:
         if self.student.planned_frames is not None:
             x, mask = self.planned_frames(graph, x, mask, self.student.planned_frames)
             longest = self.max_source * self.student.planned_frames.scale
-        places = positions(graph, "positions.target", decoder.embed_positions, longest)
-        x = graph.op("Add", x, graph.first(places, graph.size(x, 1)))
-        shape = graph.op("Shape", mask, end=2)
-        rows = Rows(graph.reshape(x, -1, self.dimension), shape)
-        rows = self.decoder_layers(graph, rows, graph.reshape(mask, shape))
-        x = graph.norm(rows.x, "decoder.layer_norm", decoder.layer_norm)
-        # words are looked for at real positions only
-        flat = graph.reshape(mask, -1)
-        places = graph.op("Transpose", graph.op("NonZero", flat), perm=[1, 0])
-        words = self.likeliest_words(graph, graph.op("GatherND", x, places))
-        nothing = graph.op("Cast", graph.op("Sub", flat, flat), to=TensorProto.INT64)
-        words = graph.op("ScatterND", nothing, places, words)
-        graph.output("words", graph.reshape(words, shape), np.int64, ["B", "T"])
+        self.write_words(graph, x, mask, longest)
         return graph.model()
 
     def planned_frames(
@@ -205,21 +171,11 @@ class StudentGraphs:
     ) -> tuple[str, str]:
         """Frames ``[B, T, D]`` and their mask ``[B, T, 1]``, see `PlannedFrames`.
 
-        Sources are padded on the right here, so that real frames come first.
-
         Args:
             plan: expanded codes ``[B, P, D]`` under ``mask`` ``[B, P, 1]``.
         """
-        tokens = graph.input("tokens", np.int64, ["B", "S"])
-        batch = graph.size(tokens, 0)
-        name, table = self.embeddings("source")
-        x = graph.embed(name, table, tokens)
-        x = graph.op("Mul", x, np.float32(self.student.encoder.embed_scale))
-        x = graph.op("Concat", *[x] * frames.scale, axis=2)
-        x = graph.reshape(x, batch, -1, self.dimension)
-        real = graph.op("Not", graph.op("Equal", tokens, np.int64(self.student.pad)))
-        real = graph.op("Unsqueeze", graph.op("Cast", real, to=TensorProto.INT64), np.array([2]))
-        real = graph.reshape(graph.op("Concat", *[real] * frames.scale, axis=2), batch, -1, 1)
+        x, real = self.source_frames(graph, frames.scale)
+        batch = graph.size(x, 0)
         counts = graph.op("ReduceSum", real, np.array([1]))  # [B, 1, 1]
         lengths = graph.op("ReduceSum", graph.op("Cast", mask, to=TensorProto.INT64), np.array([1]))
         total = graph.op("Squeeze", graph.size(real, 1))
@@ -233,77 +189,6 @@ class StudentGraphs:
         read = graph.reshape(read, batch, -1, self.dimension)
         x = graph.op("Add", x, graph.op("GatherND", read, places, batch_dims=1))
         return x, graph.op("Cast", real, to=TensorProto.FLOAT)
-
-    def decoder_layers(self, graph: GraphBuilder, rows: Rows, real: str) -> Rows:
-        decoder = self.student.decoder
-        length = graph.size(real, 1)
-        bias = for_queries(graph, attention_bias(graph, real), length)
-        if decoder.causal:
-            square = graph.op("Expand", MASKED, graph.shape(length, length))
-            bias = graph.op("Add", bias, graph.op("Trilu", square, np.int64(1), upper=1))
-        source: list[str] = []
-        if decoder.attend_source:
-            states = graph.input("states", np.float32, ["B", "S", self.dimension])
-            source_bias = graph.input("source_bias", np.float32, ["B", 1, 1, "S"])
-            source_bias = for_queries(graph, source_bias, length)
-            source = self.decoder_keys_and_values(graph, states)
-        for number, layer in enumerate(decoder.layers):
-            part = TransformerLayer(graph, f"decoder.{number}", layer)
-            rows = part.attend_to_itself(rows, bias)
-            if source:
-                key, value = source[2 * number : 2 * number + 2]
-                rows = part.attend_to_source(rows, key, value, source_bias)
-            rows = part.feed_forward(rows)
-        return rows
-
-    def decoder_keys_and_values(self, graph: GraphBuilder, states: str) -> list[str]:
-        """``[B, S, D]`` each, key and value of one layer after the other."""
-        modules = source_projections(self.student.decoder)
-        weight, bias = stacked_projection(modules)
-        both = graph.linear(
-            graph.reshape(states, -1, self.dimension), "decoder.source", weight, bias
-        )
-        shape = graph.op("Shape", states, end=2)
-        return graph.split(graph.reshape(both, shape, weight.size(0)), len(modules))
-
-    def likeliest_words(self, graph: GraphBuilder, x: str) -> str:
-        """Dictionary ids ``[N]`` for ``x`` ``[N, D]``.
-
-        ONNX Runtime's ArgMax takes longer than a maximum and an ArgMax over blocks of words.
-        """
-        name, table = self.embeddings("target")
-        if self.student.planned_frames is None:
-            logits = graph.linear(x, name, table, skip_rows=self.first_word, only_order=True)
-        else:
-            bias = torch.zeros(table.size(0))
-            bias[[self.student.pad, self.student.eos]] = float(MASKED)
-            bias[self.student.blank] = -self.blank_penalty
-            logits = graph.linear(x, name, table, bias)
-        blocks = (table.size(0) - self.first_word) // ARGMAX_BLOCK
-        blocked = graph.reshape(logits, -1, blocks, ARGMAX_BLOCK)
-        tops = graph.op("ReduceMax", blocked, np.array([2]), keepdims=0)
-        block = graph.op("ArgMax", tops, axis=1, keepdims=1)
-        inside = graph.op("GatherND", blocked, block, batch_dims=1)
-        word = graph.op("ArgMax", inside, axis=1, keepdims=0)
-        start = graph.op("Mul", graph.reshape(block, -1), np.int64(ARGMAX_BLOCK))
-        word = graph.op("Add", graph.op("Add", word, start), np.int64(self.first_word))
-        last = len(self.student.decoder.dictionary) - 1
-        return graph.op("Min", word, np.int64(last))
-
-    # ------------------------------------------------------------------ tables
-
-    def embeddings(self, side: str) -> tuple[str, Tensor]:
-        """Name and word embeddings ``[V', D]`` of ``source`` or ``target``.
-
-        The last word is repeated until a whole number of blocks may be written.
-        """
-        source = self.student.encoder.embed_tokens.weight
-        target = self.student.decoder.output_projection.weight
-        shared = source.data_ptr() == target.data_ptr()
-        table = (source if side == "source" else target).detach()
-        missing = -(table.size(0) - self.first_word) % ARGMAX_BLOCK
-        table = torch.cat([table, table[-1:].expand(missing, -1)])
-        return "embeddings" if shared else f"embeddings.{side}", table
 
 
 def integer_probe(weights: WeightFile) -> onnx.ModelProto:

@@ -29,7 +29,8 @@ FORMAT = "fairseq_vqem-export"
 FORMAT_VERSION = 2  # 2 has an option that programs for 1 do not know
 READABLE_VERSIONS = (1, FORMAT_VERSION)
 MANIFEST = "manifest.json"
-GRAPHS = ("encode", "step", "decode")
+STEP = "step"
+GRAPHS = ("encode", STEP, "decode")
 DECODER_READS = ("tokens", "states", "source_bias")
 SCORE = "score"  # the teacher's graph, where candidates are re-scored
 PROBE = "probe"
@@ -57,10 +58,11 @@ class Options:
         stop_code: a code that ends the hypothesis (the EOS/PAD latent), or None.
         remove_repeats: collapse runs of one token.
         positions_per_code: output positions that one code covers.
-        codes: size of the codebook.
+        codes: size of the codebook; 0 for a CTC model without latents.
         max_source_tokens, max_target_tokens: positions the model has.
         collapse: words come from CTC frames: merge runs, then drop the blank, which is 0.
         candidates: code sequences decoded, of which the teacher chooses; 1 without a teacher.
+        source_start: sources begin with the beginning-of-sentence symbol.
 
     Raises:
         StandaloneError: the latent beam is not between the candidates and the number of codes.
@@ -79,9 +81,13 @@ class Options:
     max_target_tokens: int
     collapse: bool = False
     candidates: int = 1
+    source_start: bool = False
 
     def __post_init__(self) -> None:
-        if not self.candidates <= self.latent_beam <= self.codes:
+        if not self.codes:
+            if self.latent_beam != 1:
+                raise StandaloneError("This model has no latents; leave out the latent beam.")
+        elif not self.candidates <= self.latent_beam <= self.codes:
             raise StandaloneError(
                 f"A latent beam of {self.latent_beam} is impossible with {self.codes} codes and"
                 f" {self.candidates} candidates; choose {self.candidates} to {self.codes}."
@@ -135,7 +141,7 @@ class StandaloneTranslator:
         )
         self.source = Dictionary(folder / manifest["dictionaries"]["source"])
         self.target = Dictionary(folder / manifest["dictionaries"]["target"])
-        names = (*GRAPHS, SCORE) if self.options.candidates > 1 else GRAPHS
+        names = graph_names(self.options)
         self.graphs = {name: Graph(folder / f"{name}.onnx", threads) for name in names}
         if manifest["weights"] == "int8":
             check_integer_products(Graph(folder / f"{PROBE}.onnx", 1))
@@ -182,6 +188,10 @@ class StandaloneTranslator:
             StandaloneError: a source or an output of so many codes exceeds the positions.
         """
         self._check_lengths(sources)
+        if codes is not None and not self.options.codes:
+            raise StandaloneError(
+                "This model has no latents, so no number of them can be asked for."
+            )
         if codes is not None and not 1 <= codes <= self.options.table_codes:
             raise StandaloneError(
                 f"{codes} codes are impossible; choose 1 to {self.options.table_codes}."
@@ -196,12 +206,14 @@ class StandaloneTranslator:
     def _translate_batch(
         self, sources: Sequence[Sequence[int]], forced: int | None
     ) -> list[list[int]]:
-        lengths = [len(source) for source in sources]
-        tokens = np.full((len(sources), max(lengths)), PAD, np.int64)
-        for row, source in zip(tokens, sources, strict=True):
-            row[: len(source)] = source
+        start = [BOS] if self.options.source_start else []
+        tokens = padded([[*start, *source] for source in sources])
         encoded = self.graphs["encode"]({"tokens": tensor(tokens)})
-        search = LatentSearch(self.graphs["step"], encoded, self.options, lengths, forced)
+        if not self.options.codes:
+            paths = self.graphs["decode"]({**encoded, "tokens": tensor(tokens)})["words"].numpy()
+            return [self._output(path_words(path)) for path in paths]
+        lengths = [len(source) for source in sources]
+        search = LatentSearch(self.graphs[STEP], encoded, self.options, lengths, forced)
         codes = search.run(self.options.candidates)
         read = {**encoded, "tokens": tensor(tokens)}
         if self.options.candidates == 1:
@@ -231,9 +243,7 @@ class StandaloneTranslator:
         # many candidates are alike: each is scored once
         pairs = zip(owners.tolist(), candidates, strict=True)
         distinct = list(dict.fromkeys((owner, *ids) for owner, ids in pairs))
-        words = np.full((len(distinct), max(map(len, distinct)) - 1), PAD, np.int64)
-        for row, (_, *ids) in zip(words, distinct, strict=True):
-            row[: len(ids)] = ids
+        words = padded([ids for _, *ids in distinct])
         rows = np.array([owner for owner, *_ in distinct])
         feed = {"tokens": tokens, "owners": tensor(rows), "words": tensor(words)}
         scores = self.graphs[SCORE](feed)["scores"].numpy()
@@ -254,7 +264,7 @@ class StandaloneTranslator:
         return [*ids, EOS]
 
     def _check_lengths(self, sources: Sequence[Sequence[int]]) -> None:
-        limit = self.options.max_source_tokens
+        limit = self.options.max_source_tokens - self.options.source_start
         for number, source in enumerate(sources, start=1):
             if len(source) > limit:
                 raise StandaloneError(
@@ -263,6 +273,20 @@ class StandaloneTranslator:
                 )
             if not source:
                 raise StandaloneError(f"Source {number} lacks its end-of-sentence symbol.")
+
+
+def graph_names(options: Options) -> list[str]:
+    """The graphs that an artefact consists of."""
+    names = [name for name in GRAPHS if options.codes or name != STEP]
+    return [*names, SCORE] if options.candidates > 1 else names
+
+
+def padded(rows: Sequence[Sequence[int]]) -> NDArray[np.int64]:
+    """``rows`` of ids below each other, padded on the right."""
+    made = np.full((len(rows), max(map(len, rows))), PAD, np.int64)
+    for row, ids in zip(made, rows, strict=True):
+        row[: len(ids)] = ids
+    return made
 
 
 def path_words(path: NDArray[np.int64]) -> NDArray[np.int64]:

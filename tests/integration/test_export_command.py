@@ -154,7 +154,7 @@ def test_other_formats_are_refused(artefact: Path, tmp_path: Path) -> None:
     manifest["version"] += 1
     manifest["checksum"] = manifest_checksum(manifest)
     (copy / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-    with pytest.raises(StandaloneError, match="has format fairseq_vqem-export 2, but"):
+    with pytest.raises(StandaloneError, match="has format fairseq_vqem-export 3, but"):
         StandaloneTranslator(copy)
 
 
