@@ -10,6 +10,7 @@ import torch
 from fairseq.data import Dictionary
 from fairseq.data.data_utils import collate_tokens
 
+from fairseq_vqem.corpora.subwords import SubwordModel, train_subwords
 from fairseq_vqem.models.config import VQEMTransformerConfig
 from fairseq_vqem.models.vqem_transformer import VQEMTransformer
 from fairseq_vqem.tasks.translation_vqem import TranslationVQEMConfig, TranslationVQEMTask
@@ -87,3 +88,11 @@ class Tiny:
 def tiny() -> type[Tiny]:
     torch.set_num_threads(1)
     return Tiny
+
+
+@pytest.fixture(scope="module")
+def few_subwords(tmp_path_factory: pytest.TempPathFactory) -> SubwordModel:
+    """Byte pairs of a handful of words."""
+    folder = tmp_path_factory.mktemp("subwords")
+    (folder / "text").write_text("low lower lowest new newer newest\n" * 3, encoding="utf-8")
+    return train_subwords("subword-nmt", [folder / "text"], 5, folder)

@@ -1,0 +1,168 @@
+"""Exports with CTC output, of ``ctc_nat``, and with candidates that a teacher chooses from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("onnx", reason="needs pip install 'fairseq_vqem[export]'")
+pytest.importorskip("onnxruntime", reason="needs pip install 'fairseq_vqem[export]'")
+
+from export_helpers import (
+    EOS,
+    FIRST_WORD,
+    MAX_SOURCE,
+    assert_same,
+    exported,
+    generated,
+    sentences,
+    student_of,
+    translator_of,
+)
+from teacher_helpers import tiny_teacher
+
+from fairseq_vqem.corpora.subwords import SubwordModel
+from fairseq_vqem.errors import UserError
+from fairseq_vqem.export.command import decoding_options
+from fairseq_vqem.export.standalone import StandaloneError
+from fairseq_vqem.peers.config import CTCNATConfig
+from fairseq_vqem.peers.ctc_nat import CTCNAT
+from fairseq_vqem.peers.generator import ParallelGenerator
+from fairseq_vqem.tasks.translation_nat import TranslationNATConfig, TranslationNATTask
+
+BOS = 0
+
+
+@pytest.mark.parametrize("weights", ["float32", "int8"])
+def test_frames_and_their_blank(
+    tiny: Any, few_subwords: SubwordModel, tmp_path: Path, weights: str
+) -> None:
+    student = student_of(tiny, output="ctc", embed_dim=64)
+    sources = sentences(60, seed=6)
+    lengths = []
+    for penalty in (-7.0, 0.0):
+        translator = translator_of(tiny, student, few_subwords, "greedy", blank_penalty=penalty)
+        ours = exported(translator, tmp_path / str(penalty), weights)
+        found = ours.translate_ids(sources)
+        if weights == "float32":
+            assert_same(tiny, translator, sources, found)
+        assert [ours.translate_ids([source])[0] for source in sources] == found
+        lengths.append(sum(map(len, found)))
+    assert 60 < lengths[0] < 0.9 * lengths[1]
+
+
+@pytest.mark.parametrize("output", ["positions", "ctc"])
+def test_candidates_rescored_by_the_teacher(
+    tiny: Any, few_subwords: SubwordModel, tmp_path: Path, output: str
+) -> None:
+    """As fairseq's re-ranker chooses, and not what comes first."""
+    student = student_of(tiny, output=output)
+    teacher = tiny_teacher(tiny.task(), layers=2, normalize_before=True)
+    sources = sentences(300, seed=8)
+    plain = translator_of(tiny, student, few_subwords, "greedy", remove_repeats=True)
+    translator = translator_of(
+        *(tiny, [student, teacher], few_subwords, "candidates"),
+        rescore="teacher",
+        remove_repeats=True,
+    )
+    ours = exported(translator, tmp_path)
+    found = ours.translate_ids(sources)
+    assert_same(tiny, translator, sources, found)
+    assert ours.options.candidates == 3
+    firsts = generated(tiny, plain, sources)
+    assert sum(a != b for a, b in zip(found, firsts, strict=True)) > 30
+    ours.max_tokens = 50
+    assert ours.translate_ids(sources) == found
+    assert [ours.translate_ids([source])[0] for source in sources[:30]] == found[:30]
+    int8 = exported(translator, tmp_path / "int8", "int8").translate_ids(sources)
+    assert sum(a == b for a, b in zip(found, int8, strict=True)) > 100
+
+
+def test_teachers_that_cannot_be_written(
+    tiny: Any, few_subwords: SubwordModel, tmp_path: Path
+) -> None:
+    student = student_of(tiny)
+    for teacher in (tiny_teacher(tiny.task()), tiny.model()):
+        models = [student, teacher]
+        with pytest.raises(UserError, match=r"normalises before each block|teacher's checkpoint"):
+            translator = translator_of(tiny, models, few_subwords, "candidates", rescore="teacher")
+            exported(translator, tmp_path)
+        assert not list(tmp_path.iterdir())
+
+
+def ctc_translator(tiny: Any, subwords: SubwordModel, penalty: float, **options: Any) -> Any:
+    """A random ``ctc_nat`` as ``Translator.from_checkpoint`` has it."""
+    dictionary = tiny.dictionary()
+    config = TranslationNATConfig(source_lang="en", target_lang="de")
+    task = TranslationNATTask(config, dictionary, dictionary)
+    torch.manual_seed(3)
+    sizes = dict(embed_dim=16, ffn_embed_dim=32, attention_heads=2)
+    sizes |= dict(encoder_layers=1, decoder_layers=2)
+    model: Any = CTCNAT.build_model(CTCNATConfig(**{**sizes, **options}), task)
+    for parameter in model.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    generation = SimpleNamespace(iter_decode_eos_penalty=penalty)
+    return SimpleNamespace(
+        models=[model.eval()],
+        task=task,
+        generator=ParallelGenerator(dictionary, [model], generation),
+        subwords=subwords,
+        max_source_tokens=MAX_SOURCE,
+    )
+
+
+def ctc_generated(translator: Any, source: list[int]) -> list[int]:
+    tokens = torch.tensor([[BOS, *source]])
+    net = {"src_tokens": tokens, "src_lengths": torch.tensor([tokens.numel()])}
+    found = translator.generator.generate(translator.models, {"net_input": net})
+    words: list[int] = found[0][0]["tokens"].tolist()
+    return words[1:] if words[0] == BOS else words
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(("scale", "penalty"), [(2, 0.0), (3, -4.0)])
+def test_ctc_nat(
+    tiny: Any, few_subwords: SubwordModel, tmp_path: Path, scale: int, penalty: float, shared: bool
+) -> None:
+    translator = ctc_translator(
+        tiny, few_subwords, penalty, upsample_scale=scale, share_all_embeddings=shared
+    )
+    ours = exported(translator, tmp_path)
+    sources = [source for source in sentences(120, seed=3) if len(source) > 1]
+    found = ours.translate_ids(sources)
+    expected = [ctc_generated(translator, source) for source in sources]
+    same = sum(a == b for a, b in zip(found, expected, strict=True))
+    assert same >= len(sources) - 1  # a tie may be broken the other way
+    assert len({str(output) for output in found}) > 20
+    assert [ours.translate_ids([source])[0] for source in sources] == found
+    assert ours.translate(["", "low newer"])[0] == ""
+    with pytest.raises(StandaloneError, match="no latents"):
+        ours.translate_ids(sources, codes=3)
+    longest = [FIRST_WORD] * (MAX_SOURCE - 2) + [EOS]
+    assert ours.translate_ids([longest])[0] == ctc_generated(translator, longest)
+    with pytest.raises(StandaloneError, match=f"at most {MAX_SOURCE - 1}"):
+        ours.translate_ids([[FIRST_WORD, *longest]])
+
+
+def test_ctc_nat_in_eight_bits(tiny: Any, few_subwords: SubwordModel, tmp_path: Path) -> None:
+    translator = ctc_translator(tiny, few_subwords, 0.0, embed_dim=64)
+    sources = [source for source in sentences(100, seed=3) if len(source) > 1]
+    exact = exported(translator, tmp_path / "float32").translate_ids(sources)
+    ours = exported(translator, tmp_path / "int8", "int8")
+    found = ours.translate_ids(sources)
+    pairs = [
+        ab for own, other in zip(exact, found, strict=True) for ab in zip(own, other, strict=False)
+    ]
+    assert sum(a == b for a, b in pairs) > 0.6 * len(pairs)
+    assert [ours.translate_ids([source])[0] for source in sources] == found
+
+
+def test_other_peers_are_refused(tiny: Any, few_subwords: SubwordModel) -> None:
+    translator = ctc_translator(tiny, few_subwords, 0.0)
+    translator.models = [tiny_teacher(translator.task)]
+    with pytest.raises(UserError, match="Only vqem_transformer and ctc_nat"):
+        decoding_options(translator)
