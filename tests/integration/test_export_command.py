@@ -158,6 +158,25 @@ def test_other_formats_are_refused(artefact: Path, tmp_path: Path) -> None:
         StandaloneTranslator(copy)
 
 
+def test_the_teacher_comes_along(workshop: Workshop, student: Path, teacher: Path) -> None:
+    out, count = workshop.root / "exported-with-teacher", 33
+    search = ("--latent-beam", 3, "--latent-candidates", 3, "--remove-repeats")
+    words = export_words(workshop, out, "--teacher", teacher, *search)
+    outcome = workshop.run("fairseq_vqem.cli", *words)
+    assert outcome.status == 0, outcome.text
+    both = f"{student}:{teacher}"
+    outcome = workshop.generate(count, *search, "--rescore", "teacher", path=both)
+    translator = StandaloneTranslator(out, threads=1)
+    sources = translator.encode(workshop.sources(count))
+    found = [translator.target.pieces(ids) for ids in translator.translate_ids(sources)]
+    assert {number: [pieces] for number, pieces in enumerate(found)} == outcome.hypotheses()
+    lines = "".join(f"{line}\n" for line in workshop.sources(count))
+    alone = standalone(out / "standalone.py", out, stdin=lines, missing=PLUGIN)
+    assert alone.output.split("\n")[:-1] == translator.translate(workshop.sources(count))
+    with pytest.raises(StandaloneError, match=r"2 is impossible with .* 3 candidates"):
+        StandaloneTranslator(out, latent_beam=2)
+
+
 def test_eight_bits(workshop: Workshop, student: Path, tmp_path: Path) -> None:
     translators = []
     for weights in ("float32", "int8"):
@@ -194,5 +213,6 @@ def test_refusals(
     assert "does not exist" in message(checkpoint=tmp_path / "none.pt")
     assert "--latent-length source" in message("--stop-at-pad-latent")
     assert "A latent beam of 99 is impossible" in message("--latent-beam", 99)
+    assert "at least --latent-candidates 2" in message("--teacher", teacher)
     both = f"{workshop.student}:{workshop.student}"
     assert "An ensemble" in message(checkpoint=both)
