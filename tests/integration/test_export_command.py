@@ -8,7 +8,9 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from workshop import EXAMPLES, Outcome, Workshop
@@ -146,14 +148,33 @@ def test_damage_is_noticed(artefact: Path, tmp_path: Path) -> None:
         StandaloneTranslator(tmp_path / "nowhere")
 
 
+def change_manifest(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+    del manifest["checksum"]
+    change(manifest)
+    manifest["checksum"] = manifest_checksum(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+
+
+def test_the_first_format_is_read(workshop: Workshop, artefact: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "older"
+    shutil.copytree(artefact, copy)
+
+    def older(manifest: dict[str, Any]) -> None:
+        manifest["version"] = 1
+        for name in ("collapse", "candidates", "source_start"):
+            del manifest["decoding"][name]
+
+    change_manifest(copy, older)
+    lines = workshop.sources(33)
+    expected = StandaloneTranslator(artefact, threads=1).translate(lines)
+    assert StandaloneTranslator(copy, threads=1).translate(lines) == expected
+
+
 def test_other_formats_are_refused(artefact: Path, tmp_path: Path) -> None:
     copy = tmp_path / "newer"
     shutil.copytree(artefact, copy)
-    manifest = json.loads((copy / "manifest.json").read_text("utf-8"))
-    del manifest["checksum"]
-    manifest["version"] += 1
-    manifest["checksum"] = manifest_checksum(manifest)
-    (copy / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    change_manifest(copy, lambda manifest: manifest.update(version=manifest["version"] + 1))
     with pytest.raises(StandaloneError, match="has format fairseq_vqem-export 3, but"):
         StandaloneTranslator(copy)
 
