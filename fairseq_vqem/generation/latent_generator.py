@@ -15,7 +15,7 @@ from fairseq_vqem.generation.latent_search import search_latents
 from fairseq_vqem.generation.parts import in_parts, refuse_forced_words
 from fairseq_vqem.generation.records import LatentHypothesis, LatentSearchOptions
 from fairseq_vqem.models.vqem_transformer import VQEMTransformer
-from fairseq_vqem.modules.ctc import read_frames, upsample
+from fairseq_vqem.modules.ctc import frame_mask, read_frames
 
 COMPARED_CODES = 4096
 SHARED_CODES = 0.5
@@ -209,7 +209,7 @@ def read_words(
         blank_penalty: see `read_frames`; without CTC there is no blank.
     """
     if model.planned_frames is not None:
-        _, frames = upsample(encoder_out, model.planned_frames.scale)
+        frames = frame_mask(encoder_out, model.planned_frames.scale)
         never = [model.pad, model.eos]
         return read_frames(log_probabilities, frames, model.blank, never, blank_penalty)
     log_probabilities[..., [model.pad, model.decoder.dictionary.bos()]] = float("-inf")

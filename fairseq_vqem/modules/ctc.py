@@ -53,10 +53,14 @@ def upsample(encoder_out: EncoderOut, scale: int) -> tuple[Tensor, Tensor]:
     Real frames come first, on whichever side the source was padded.
     """
     embedded = encoder_out["encoder_embedding"][0]
-    packed, lengths = left_packed(embedded, ~encoder_out["encoder_padding_mask"][0])
-    inputs = packed.repeat_interleave(scale, 1)
-    ends = scale * lengths.unsqueeze(1)
-    return inputs, torch.arange(inputs.size(1), device=inputs.device) < ends
+    packed, _ = left_packed(embedded, ~encoder_out["encoder_padding_mask"][0])
+    return packed.repeat_interleave(scale, 1), frame_mask(encoder_out, scale)
+
+
+def frame_mask(encoder_out: EncoderOut, scale: int) -> Tensor:
+    """``[B, T]`` true at real frames, ``scale`` for each source token; they come first."""
+    counts = scale * (~encoder_out["encoder_padding_mask"][0]).sum(1, keepdim=True)
+    return torch.arange(int(counts.max()), device=counts.device) < counts
 
 
 def glancing_pass(
