@@ -33,7 +33,10 @@ KINDS = {
 }
 
 
-CTC = ("--output", "ctc", "--upsample-scale", 3, "--hidden-codes", 0.2)
+CTC = (
+    *("--output", "ctc", "--upsample-scale", 3, "--hidden-codes", 0.5),
+    *("--lr-half-life", 400, "--max-update", 1000),
+)
 CASES = {kind: ("--bottleneck", kind, *words) for kind, words in KINDS.items()}
 CASES["soft-em, ctc"] = ("--bottleneck", "soft-em", *CTC)
 
