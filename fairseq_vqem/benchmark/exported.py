@@ -44,7 +44,7 @@ class ExportedEngine:
         # The runtime may read the weights whenever it likes: the folder lives as long as this does.
         self._folder = tempfile.TemporaryDirectory()
         artefact = Path(self._folder.name) / "model"
-        penalty = task_options.pop("iter_decode_eos_penalty", None)  # of ctc_nat
+        penalty = task_options.pop("iter_decode_eos_penalty", 0.0)
         student, *teacher = checkpoint.split(":")
         if task_options.pop("rescore", "none") != ("teacher" if teacher else "none"):
             raise UserError("an exported row re-scores with rescore: teacher, or not at all")
@@ -54,7 +54,7 @@ class ExportedEngine:
             artefact,
             weights=weights,
             teacher=Path(teacher[0]) if teacher else None,
-            blank_penalty=penalty,
+            eos_penalty=penalty,
             task_overrides=task_options,
         )
         try:

@@ -20,7 +20,6 @@ from fairseq_vqem.export.onnx_graph import WEIGHTS_FILE, WeightFile
 from fairseq_vqem.export.parallel import CTCGraphs
 from fairseq_vqem.export.teacher import TeacherGraph
 from fairseq_vqem.generation.api import Translator
-from fairseq_vqem.generation.latent_generator import LatentGenerator
 
 PROGRAM = "standalone.py"
 DICTIONARIES = {"source": "dictionary.source.json", "target": "dictionary.target.json"}
@@ -59,7 +58,7 @@ def write_graphs(
         shared: dict[str, Any] = dict(
             quantised=quantised,
             max_source=longest_source,
-            blank_penalty=blank_penalty(translator.generator),
+            blank_penalty=float(translator.generator.eos_penalty),
         )
         graphs = (
             StudentGraphs(model, file, max_codes=options.table_codes, **shared)
@@ -81,13 +80,6 @@ def write_graphs(
             made[standalone.PROBE] = integer_probe(file)
     for name, graph in made.items():
         (folder / f"{name}.onnx").write_bytes(graph.SerializeToString())
-
-
-def blank_penalty(generator: Any) -> float:
-    """What ``generator`` takes from the blank's log-probability."""
-    if isinstance(generator, LatentGenerator):
-        return generator.blank_penalty
-    return float(generator.eos_penalty)  # the option of fairseq that ctc_nat reads it from
 
 
 def write_manifest(

@@ -54,9 +54,10 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("--latent-max-offset", type=int, help="… plus this many tokens")
     parser.add_argument(
-        "--blank-penalty",
+        "--iter-decode-eos-penalty",
         type=float,
-        help="of --output ctc: taken from the blank's score",
+        default=0.0,
+        help="of CTC: taken from the blank's log-probability",
     )
     for flag, text in (
         ("--stop-at-pad-latent", "end at the EOS/PAD latent of Appendix C"),
@@ -79,7 +80,7 @@ def _run(arguments: argparse.Namespace) -> int:
         arguments.out,
         weights=arguments.weights,
         teacher=arguments.teacher,
-        blank_penalty=arguments.blank_penalty,
+        eos_penalty=arguments.iter_decode_eos_penalty,
         task_overrides=overrides,
     )
     print(f"{arguments.out}: {agreement:.1%} of the tokens of random sentences are the model's own")
@@ -93,7 +94,7 @@ def export(
     *,
     weights: str = "float32",
     teacher: Path | None = None,
-    blank_penalty: float | None = None,
+    eos_penalty: float = 0.0,
     task_overrides: dict[str, Any] | None = None,
 ) -> float:
     """Write the student ``checkpoint`` to the folder ``out``.
@@ -102,7 +103,7 @@ def export(
         data: binarised data with both dictionaries and the subword model.
         weights: ``float32`` or ``int8``.
         teacher: an autoregressive model that chooses among ``latent_candidates``.
-        blank_penalty: taken from the blank's log-probability of a CTC model; None leaves it.
+        eos_penalty: taken from the blank's log-probability of a CTC model.
         task_overrides: decoding options where they are not the checkpoint's.
 
     Returns:
@@ -122,9 +123,9 @@ def export(
     models = str(checkpoint)
     if teacher is not None:
         models, overrides["rescore"] = f"{checkpoint}:{teacher}", "teacher"
-    translator = Translator.from_checkpoint(models, data, task_overrides=overrides)
-    if blank_penalty is not None:
-        _set_blank_penalty(translator, blank_penalty)
+    translator = Translator.from_checkpoint(
+        models, data, task_overrides=overrides, iter_decode_eos_penalty=eos_penalty
+    )
     write_artefact(out, translator, decoding_options(translator), weights)
     return _checked_agreement(translator, out, weights)
 
@@ -189,14 +190,6 @@ def _ctc_options(translator: Translator) -> Options:
         collapse=True,
         source_start=True,
     )
-
-
-def _set_blank_penalty(translator: Translator, penalty: float) -> None:
-    from fairseq_vqem.generation.latent_generator import LatentGenerator
-
-    generator = translator.generator
-    name = "blank_penalty" if isinstance(generator, LatentGenerator) else "eos_penalty"
-    setattr(generator, name, penalty)
 
 
 def _check_exportable(translator: Translator, generator: Any) -> None:

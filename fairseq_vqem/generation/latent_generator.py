@@ -34,7 +34,7 @@ class LatentGenerator(IterativeRefinementGenerator):
         rescore: ``none`` takes the best by latent search, ``latent`` the best joint
             log p(z|x) + log p(y|z,x) per word, ``teacher`` the teacher's best.
         remove_repeats: collapse runs of one token, the commonest fault of parallel decoding.
-        blank_penalty: taken from the blank's log-probability in students with CTC output.
+        eos_penalty: taken from the blank's log-probability in students with CTC output.
     """
 
     def __init__(
@@ -45,11 +45,12 @@ class LatentGenerator(IterativeRefinementGenerator):
         rescore: str = "none",
         retain_history: bool = False,
         remove_repeats: bool = False,
-        blank_penalty: float = 0.0,
+        eos_penalty: float = 0.0,
     ) -> None:
         super().__init__(
             dictionary,
             models=models,
+            eos_penalty=eos_penalty,
             max_iter=0,
             beam_size=search.candidates,
             reranking=rescore == "teacher",
@@ -57,7 +58,6 @@ class LatentGenerator(IterativeRefinementGenerator):
             retain_history=retain_history,
         )
         self.search, self.rescore, self.remove_repeats = search, rescore, remove_repeats
-        self.blank_penalty = blank_penalty
         students = self.students(models)
         if rescore == "teacher" and (len(models) < 2 or isinstance(models[-1], VQEMTransformer)):
             raise UserError(
@@ -73,6 +73,11 @@ class LatentGenerator(IterativeRefinementGenerator):
             )
         for other in students[1:]:
             check_same_codes(students[0], other)
+        if eos_penalty and students[0].planned_frames is None:
+            raise UserError(
+                f"--iter-decode-eos-penalty {eos_penalty} is taken from the blank of CTC, which"
+                " this student does not have: leave it out"
+            )
 
     def students(self, models: Sequence[Any]) -> list[VQEMTransformer]:
         return list(models[:-1] if self.reranking else models)
@@ -129,7 +134,7 @@ class LatentGenerator(IterativeRefinementGenerator):
             [m.decode_codes(decodable, out) for m, out in zip(students, encoder_outs, strict=True)]
         )
         tokens, scores, lengths = read_words(
-            students[0], log_probabilities, codes, encoder_outs[0], self.blank_penalty
+            students[0], log_probabilities, codes, encoder_outs[0], self.eos_penalty
         )
         lengths = torch.where(empty, 0, lengths)
         latent_scores = latent.scores.flatten().tolist()

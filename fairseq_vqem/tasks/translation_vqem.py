@@ -44,9 +44,6 @@ class TranslationVQEMConfig(TranslationConfig):
     latent_max_ratio: float = option(2.0, "longest output, as a multiple of the source length …")
     latent_max_offset: int = option(16, "… plus this many tokens")
     remove_repeats: bool = option(False, "collapse runs of one token in the output")
-    blank_penalty: float = option(
-        0.0, "of --output ctc: taken from the blank's log-probability, for longer output"
-    )
     word_dropout: float = option(0.0, "share of words hidden from the target encoder (paper: 0.3)")
     word_shuffle: float = option(0.0, "share of sentences whose words are shuffled (paper: 0.5)")
     shuffle_distance: int = option(3, "how far a shuffled word may move")
@@ -120,7 +117,7 @@ class TranslationVQEMTask(LearnsCodebook, TranslationTask):
     # ------------------------------------------------------------------ generation
 
     def build_generator(self, models: Sequence[Any], args: Any, **unused: Any) -> LatentGenerator:
-        """fairseq's beam and re-ranker flags are understood as their latent counterparts."""
+        """fairseq's beam, re-ranker and penalty flags are understood as their counterparts here."""
         if not isinstance(models[0], VQEMTransformer):
             raise UserError(
                 "--task translation_vqem decodes vqem_transformer checkpoints: use --task"
@@ -150,7 +147,7 @@ class TranslationVQEMTask(LearnsCodebook, TranslationTask):
             rescore,
             history,
             self.cfg.remove_repeats,
-            self.cfg.blank_penalty,
+            getattr(args, "iter_decode_eos_penalty", 0.0),
         )
 
     # ------------------------------------------------------------------ validation
@@ -179,10 +176,9 @@ class TranslationVQEMTask(LearnsCodebook, TranslationTask):
         src_lengths = sample["net_input"]["src_lengths"]
         encoder_out = model.encoder(src_tokens, src_lengths=src_lengths)
         codes = model.posterior_codes(sample["target"], src_lengths, encoder_out)
+        penalty = json.loads(self.cfg.eval_bleu_args).get("iter_decode_eos_penalty", 0.0)
         log_probabilities = torch.log_softmax(model.decode_codes(codes, encoder_out).float(), -1)
-        tokens, _, lengths = read_words(
-            model, log_probabilities, codes, encoder_out, self.cfg.blank_penalty
-        )
+        tokens, _, lengths = read_words(model, log_probabilities, codes, encoder_out, penalty)
         return [row[:n] for row, n in zip(tokens, lengths.tolist(), strict=True)]
 
     def bleu_statistics(

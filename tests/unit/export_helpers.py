@@ -18,8 +18,9 @@ from fairseq_vqem.export.standalone import StandaloneTranslator
 from fairseq_vqem.generation.latent_generator import LatentGenerator
 from fairseq_vqem.generation.records import LatentSearchOptions
 from fairseq_vqem.models import VQEMTransformer
+from fairseq_vqem.peers.generator import ParallelGenerator
 
-EOS, FIRST_WORD, WORDS = 2, 4, 20
+BOS, EOS, FIRST_WORD, WORDS = 0, 2, 4, 20
 MAX_SOURCE = 40
 SEARCHES = {
     "greedy": LatentSearchOptions(marginal_end=True),
@@ -69,11 +70,13 @@ def exported(translator: Any, folder: Path, weights: str = "float32") -> Standal
 
 
 def generated(tiny: Any, translator: Any, sources: Sources) -> Sources:
-    """fairseq's own translations."""
-    batch = tiny.batch([(source[:-1], [FIRST_WORD]) for source in sources])
+    """fairseq's own translations; its NAT task begins sources and translations with BOS."""
+    start = [BOS] if isinstance(translator.generator, ParallelGenerator) else []
+    batch = tiny.batch([([*start, *source[:-1]], [FIRST_WORD]) for source in sources])
     batch["target"] = None
     found = translator.generator.generate(translator.models, batch)
-    return [hypotheses[0]["tokens"].tolist() for hypotheses in found]
+    outputs = [hypotheses[0]["tokens"].tolist() for hypotheses in found]
+    return [output[len(start) :] for output in outputs]
 
 
 def assert_same(tiny: Any, translator: Any, sources: Sources, found: Sources) -> None:

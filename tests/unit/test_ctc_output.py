@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from argparse import Namespace
 from typing import Any
 
 import pytest
@@ -136,10 +137,24 @@ def test_a_penalty_on_the_blank_makes_output_longer(tiny: Any) -> None:
     lengths = []
     for penalty in (-20.0, -3.0, 20.0):
         generator = LatentGenerator(
-            tiny.dictionary(), [model], LatentSearchOptions(), blank_penalty=penalty
+            tiny.dictionary(), [model], LatentSearchOptions(), eos_penalty=penalty
         )
         lengths.append(sum(len(h[0]["tokens"]) for h in generator.generate([model], batch)))
     assert lengths[0] < lengths[1] < lengths[2]
+
+
+def test_without_frames_there_is_no_blank(tiny: Any) -> None:
+    options = LatentSearchOptions()
+    assert_user_error(
+        "--iter-decode-eos-penalty 2.5",
+        lambda: LatentGenerator(tiny.dictionary(), [tiny.model()], options, eos_penalty=2.5),
+    )
+
+
+def test_fairseqs_flag_is_the_penalty(tiny: Any) -> None:
+    model, task = ctc_model(tiny), tiny.task()
+    generator = task.build_generator([model], Namespace(iter_decode_eos_penalty=1.5))
+    assert generator.eos_penalty == 1.5
 
 
 def test_words_are_the_path_collapsed(tiny: Any) -> None:
