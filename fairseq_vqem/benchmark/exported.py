@@ -17,8 +17,8 @@ class ExportedEngine:
     """A student in ONNX Runtime, exported into a temporary folder.
 
     Args:
-        checkpoint: one ``vqem_transformer`` or ``ctc_nat``; with ``rescore: teacher`` followed by
-            a colon and the teacher.
+        checkpoint: one ``vqem_transformer`` or ``ctc_nat``; with ``rescore: teacher`` or
+            ``iter_decode_with_external_reranker`` followed by a colon and the teacher.
         options: ``weights`` (float32 or int8) and decoding options of the task; ``workers``
             share the threads.
 
@@ -46,8 +46,10 @@ class ExportedEngine:
         artefact = Path(self._folder.name) / "model"
         penalty = task_options.pop("iter_decode_eos_penalty", 0.0)
         student, *teacher = checkpoint.split(":")
-        if task_options.pop("rescore", "none") != ("teacher" if teacher else "none"):
-            raise UserError("an exported row re-scores with rescore: teacher, or not at all")
+        frame_beam = int(task_options.pop("iter_decode_with_beam", 1))
+        rescored = task_options.pop("iter_decode_with_external_reranker", False)
+        if (task_options.pop("rescore", "none") == "teacher" or rescored) != bool(teacher):
+            raise UserError("an exported row re-scores with its teacher, or not at all")
         export(
             Path(student),
             data,
@@ -55,6 +57,7 @@ class ExportedEngine:
             weights=weights,
             teacher=Path(teacher[0]) if teacher else None,
             eos_penalty=penalty,
+            frame_beam=frame_beam,
             task_overrides=task_options,
         )
         try:

@@ -63,23 +63,29 @@ def write_graphs(
         graphs = (
             StudentGraphs(model, file, max_codes=options.table_codes, **shared)
             if options.codes
-            else CTCGraphs(model, file, blank=model.blank, **shared)
+            else CTCGraphs(model, file, searched=options.frame_beam > 1, **shared)
         )
         names = standalone.graph_names(options)
         made = {name: getattr(graphs, name)() for name in names if name != standalone.SCORE}
         if standalone.SCORE in names:
-            longest = options.table_codes * options.positions_per_code
-            if model.planned_frames is not None:
-                longest = longest_source * model.planned_frames.scale
             teacher = TeacherGraph(
                 *(translator.models[-1], file, quantised, longest_source),
-                max_words=longest + 1,
+                max_words=longest_output(model, options) + 1,
             )
             made[standalone.SCORE] = teacher.score()
         if quantised:
             made[standalone.PROBE] = integer_probe(file)
     for name, graph in made.items():
         (folder / f"{name}.onnx").write_bytes(graph.SerializeToString())
+
+
+def longest_output(model: Any, options: standalone.Options) -> int:
+    """Most words that ``model`` can write."""
+    if not options.codes:
+        return options.max_source_tokens * int(model.scale)
+    if model.planned_frames is not None:
+        return options.max_source_tokens * int(model.planned_frames.scale)
+    return options.table_codes * options.positions_per_code
 
 
 def write_manifest(

@@ -40,6 +40,12 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="float32 gives the tokens of fairseq-generate; int8 is a quarter of the size, faster,"
         " and changes some tokens",
     )
+    parser.add_argument(
+        "--iter-decode-with-beam",
+        type=int,
+        default=1,
+        help="of CTC: sentences kept by prefix beam search, for --teacher to choose from",
+    )
     parser.add_argument("--latent-beam", type=int, help="beam of the latent search; 1 is greedy")
     parser.add_argument(
         "--latent-candidates", type=int, help="code sequences decoded, for --teacher to choose from"
@@ -81,6 +87,7 @@ def _run(arguments: argparse.Namespace) -> int:
         weights=arguments.weights,
         teacher=arguments.teacher,
         eos_penalty=arguments.iter_decode_eos_penalty,
+        frame_beam=arguments.iter_decode_with_beam,
         task_overrides=overrides,
     )
     print(f"{arguments.out}: {agreement:.1%} of the tokens of random sentences are the model's own")
@@ -95,6 +102,7 @@ def export(
     weights: str = "float32",
     teacher: Path | None = None,
     eos_penalty: float = 0.0,
+    frame_beam: int = 1,
     task_overrides: dict[str, Any] | None = None,
 ) -> float:
     """Write the student ``checkpoint`` to the folder ``out``.
@@ -102,8 +110,11 @@ def export(
     Args:
         data: binarised data with both dictionaries and the subword model.
         weights: ``float32`` or ``int8``.
-        teacher: an autoregressive model that chooses among ``latent_candidates``.
+        teacher: an autoregressive model that chooses among ``latent_candidates``, or among the
+            sentences of the ``frame_beam``.
         eos_penalty: taken from the blank's log-probability of a CTC model.
+        frame_beam: sentences kept by the prefix beam search of a ``ctc_nat``; 1 takes the words of
+            the best path.
         task_overrides: decoding options where they are not the checkpoint's.
 
     Returns:
@@ -117,15 +128,21 @@ def export(
     if out.exists():
         raise UserError(f"{out} exists already; delete it or give another --out.")
     from fairseq_vqem.export.artefact import write_artefact
-    from fairseq_vqem.generation.api import Translator
+    from fairseq_vqem.generation.api import Translator, task_of
 
+    models = str(checkpoint) if teacher is None else f"{checkpoint}:{teacher}"
     overrides = dict(task_overrides or {})
-    models = str(checkpoint)
-    if teacher is not None:
-        models, overrides["rescore"] = f"{checkpoint}:{teacher}", "teacher"
-    translator = Translator.from_checkpoint(
-        models, data, task_overrides=overrides, iter_decode_eos_penalty=eos_penalty
-    )
+    generation: dict[str, Any] = {"iter_decode_eos_penalty": eos_penalty}
+    if task_of(checkpoint) == "translation_nat":
+        generation["iter_decode_with_beam"] = frame_beam
+        generation["iter_decode_with_external_reranker"] = teacher is not None
+    elif frame_beam > 1:
+        raise UserError(
+            f"--iter-decode-with-beam {frame_beam} is for ctc_nat: give --latent-candidates"
+        )
+    elif teacher is not None:
+        overrides["rescore"] = "teacher"
+    translator = Translator.from_checkpoint(models, data, task_overrides=overrides, **generation)
     write_artefact(out, translator, decoding_options(translator), weights)
     return _checked_agreement(translator, out, weights)
 
@@ -169,7 +186,7 @@ def _ctc_options(translator: Translator) -> Options:
     from fairseq_vqem.export.standalone import Options
     from fairseq_vqem.peers.ctc_nat import CTCNAT
 
-    model = translator.models[0]
+    model, generator = translator.models[0], translator.generator
     if not isinstance(model, CTCNAT):
         raise UserError(
             "Only vqem_transformer and ctc_nat models can be exported; use CTranslate2's fairseq"
@@ -182,13 +199,15 @@ def _ctc_options(translator: Translator) -> Options:
         max_ratio=float(model.scale),
         max_offset=0,
         stop_code=None,
-        remove_repeats=translator.generator.remove_repeats,
+        remove_repeats=generator.remove_repeats,
         positions_per_code=1,
         codes=0,
         max_source_tokens=translator.max_source_tokens,
         max_target_tokens=model.cfg.max_target_positions,
         collapse=True,
         source_start=True,
+        frame_beam=generator.beam_size,
+        candidates=generator.beam_size if len(translator.models) > 1 else 1,
     )
 
 

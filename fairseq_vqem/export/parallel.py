@@ -21,6 +21,7 @@ from fairseq_vqem.export.layers import (
     stacked_projection,
 )
 from fairseq_vqem.export.onnx_graph import GraphBuilder, WeightFile
+from fairseq_vqem.export.standalone import SYMBOLS_PER_FRAME
 from fairseq_vqem.peers.ctc_nat import CTCNAT
 
 ARGMAX_BLOCK = 128
@@ -89,6 +90,17 @@ class ParallelGraphs:
 
         0 is padding, and the blank of CTC.
         """
+        x, places = self.decoded(graph, x, mask, longest)
+        words = self.likeliest_words(graph, x)
+        flat = graph.reshape(mask, -1)
+        nothing = graph.op("Cast", graph.op("Sub", flat, flat), to=TensorProto.INT64)
+        words = graph.op("ScatterND", nothing, places, words)
+        shape = graph.op("Shape", mask, end=2)
+        graph.output("words", graph.reshape(words, shape), np.int64, ["B", "T"])
+
+    def decoded(self, graph: GraphBuilder, x: str, mask: str, longest: int) -> tuple[str, str]:
+        """What ``x`` ``[B, T, D]`` becomes under ``mask`` ``[B, T, 1]``, at its N real positions
+        only: ``[N, D]``, and which of the B·T these are, ``[N, 1]``."""
         decoder = self.model.decoder
         places = positions(graph, "positions.target", decoder.embed_positions, longest)
         x = graph.op("Add", x, graph.first(places, graph.size(x, 1)))
@@ -96,13 +108,9 @@ class ParallelGraphs:
         rows = Rows(graph.reshape(x, -1, self.dimension), shape)
         rows = self.decoder_layers(graph, rows, graph.reshape(mask, shape))
         x = graph.norm(rows.x, "decoder.layer_norm", decoder.layer_norm)
-        # words are looked for at real positions only
         flat = graph.reshape(mask, -1)
         places = graph.op("Transpose", graph.op("NonZero", flat), perm=[1, 0])
-        words = self.likeliest_words(graph, graph.op("GatherND", x, places))
-        nothing = graph.op("Cast", graph.op("Sub", flat, flat), to=TensorProto.INT64)
-        words = graph.op("ScatterND", nothing, places, words)
-        graph.output("words", graph.reshape(words, shape), np.int64, ["B", "T"])
+        return graph.op("GatherND", x, places), places
 
     def decoder_layers(self, graph: GraphBuilder, rows: Rows, real: str) -> Rows:
         decoder = self.model.decoder
@@ -177,9 +185,18 @@ class ParallelGraphs:
 
 
 class CTCGraphs(ParallelGraphs):
-    """The two graphs of a ``ctc_nat``: ``encode`` and ``decode``."""
+    """The two graphs of a ``ctc_nat``: ``encode`` and ``decode``.
+
+    Args:
+        searched: whether the frames are for prefix beam search.
+        others: see `ParallelGraphs`.
+    """
 
     model: CTCNAT
+
+    def __init__(self, model: CTCNAT, weights: WeightFile, *, searched: bool, **others: Any):
+        super().__init__(model, weights, blank=model.blank, **others)
+        self.searched = searched
 
     def encode(self) -> onnx.ModelProto:
         """See `encoded`."""
@@ -188,9 +205,35 @@ class CTCGraphs(ParallelGraphs):
         return graph.model()
 
     def decode(self) -> onnx.ModelProto:
-        """Sources ``tokens`` ``[B, S]`` and their states to the frames' words ``[B, T]``."""
+        """Sources ``tokens`` ``[B, S]`` and their states to the frames' words ``[B, T]``, or to
+        what prefix beam search needs, see `write_frames`."""
         graph = self.builder("decode")
         x, real = self.source_frames(graph, self.model.scale)
         mask = graph.op("Cast", real, to=TensorProto.FLOAT)
-        self.write_words(graph, x, mask, self.max_source * self.model.scale)
+        longest = self.max_source * self.model.scale
+        if not self.searched:
+            self.write_words(graph, x, mask, longest)
+            return graph.model()
+        counts = graph.op("ReduceSum", real, np.array([1, 2]), keepdims=0)
+        graph.output("frames", counts, np.int64, ["B"])
+        self.write_frames(graph, self.decoded(graph, x, mask, longest)[0])
         return graph.model()
+
+    def write_frames(self, graph: GraphBuilder, x: str) -> None:
+        """For N frames ``[N, D]`` the log-probabilities of the blank ``[N]`` and of the likeliest
+        words ``[N, M]``, and which words these are."""
+        name, table = self.embeddings("target")
+        words = len(self.model.decoder.dictionary)
+        kept = min(SYMBOLS_PER_FRAME, words)
+        logits = graph.linear(x, name, table)
+        each = np.array([1])
+        real = graph.op("Slice", logits, np.array([0]), np.array([words]), each, each)
+        scores = graph.op("LogSoftmax", real, axis=1)
+        blank = graph.op("Gather", scores, np.int64(self.model.blank), axis=1)
+        blank = graph.op("Sub", blank, np.float32(self.blank_penalty))
+        never = np.zeros(words, np.float32)
+        never[[self.model.blank, self.model.pad, self.model.eos]] = -np.inf
+        scores, symbols = graph.ops("TopK", 2, graph.op("Add", scores, never), np.array([kept]))
+        graph.output("blanks", blank, np.float32, ["N"])
+        graph.output("scores", scores, np.float32, ["N", kept])
+        graph.output("symbols", symbols, np.int64, ["N", kept])

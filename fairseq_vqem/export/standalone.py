@@ -26,13 +26,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 FORMAT = "fairseq_vqem-export"
-FORMAT_VERSION = 2  # 2 has an option that programs for 1 do not know
-READABLE_VERSIONS = (1, FORMAT_VERSION)
+FORMAT_VERSION = 3  # 2 and 3 have options that programs for earlier ones do not know
+READABLE_VERSIONS = (1, 2, FORMAT_VERSION)
 MANIFEST = "manifest.json"
 STEP = "step"
 GRAPHS = ("encode", STEP, "decode")
 DECODER_READS = ("tokens", "states", "source_bias")
 SCORE = "score"  # the teacher's graph, where candidates are re-scored
+SYMBOLS_PER_FRAME = 8  # words that prefix beam search considers at each CTC frame
+PREFIX_KEY = 6364136223846793005  # an odd multiplier for keys of word sequences, modulo 2^64
 PROBE = "probe"
 PROBE_SIZE, PROBE_WEIGHT, PROBE_VALUE = 64, 127, 255
 BOS, PAD, EOS, UNK = range(4)  # fairseq's special symbols
@@ -61,8 +63,11 @@ class Options:
         codes: size of the codebook; 0 for a CTC model without latents.
         max_source_tokens, max_target_tokens: positions the model has.
         collapse: words come from CTC frames: merge runs, then drop the blank, which is 0.
-        candidates: code sequences decoded, of which the teacher chooses; 1 without a teacher.
+        candidates: code sequences decoded, or sentences found by the frame beam, of which the
+            teacher chooses; 1 without a teacher.
         source_start: sources begin with the beginning-of-sentence symbol.
+        frame_beam: sentences kept by the prefix beam search over CTC frames; 1 takes the words of
+            the best path.
 
     Raises:
         StandaloneError: the latent beam is not between the candidates and the number of codes.
@@ -82,6 +87,7 @@ class Options:
     collapse: bool = False
     candidates: int = 1
     source_start: bool = False
+    frame_beam: int = 1
 
     def __post_init__(self) -> None:
         if not self.codes:
@@ -210,8 +216,7 @@ class StandaloneTranslator:
         tokens = padded([[*start, *source] for source in sources])
         encoded = self.graphs["encode"]({"tokens": tensor(tokens)})
         if not self.options.codes:
-            paths = self.graphs["decode"]({**encoded, "tokens": tensor(tokens)})["words"].numpy()
-            return [self._output(path_words(path)) for path in paths]
+            return self._read_frames({**encoded, "tokens": tensor(tokens)}, tokens)
         lengths = [len(source) for source in sources]
         search = LatentSearch(self.graphs[STEP], encoded, self.options, lengths, forced)
         codes = search.run(self.options.candidates)
@@ -221,6 +226,32 @@ class StandaloneTranslator:
         owners = np.repeat(np.arange(len(sources)), self.options.candidates)
         repeated = {name: tensor(read[name].numpy()[owners]) for name in DECODER_READS}
         return self._best(read["tokens"], owners, self._decode(repeated, codes))
+
+    def _read_frames(self, source: Mapping[str, Any], tokens: NDArray[np.int64]) -> list[list[int]]:
+        """The best sentence of a CTC model's frames, or the one that the teacher prefers."""
+        found = {name: each.numpy() for name, each in self.graphs["decode"](source).items()}
+        if self.options.frame_beam == 1:
+            return [self._output(path_words(path)) for path in found["words"]]
+        counts = found["frames"]
+        rows = np.arange(counts.max()) < counts[:, None]
+        frames = []
+        for name in ("blanks", "symbols", "scores"):
+            each = np.zeros((*rows.shape, *found[name].shape[1:]), found[name].dtype)
+            each[rows] = found[name]
+            frames.append(each)
+        blanks, symbols, scores = frames
+        sentences, _ = likeliest_sentences(blanks, symbols, scores, counts, self.options.frame_beam)
+        candidates = self.options.candidates
+        owners = np.repeat(np.arange(len(sentences)), candidates)
+        outputs = [
+            self._output(np.array(words, np.int64))
+            for beams in sentences
+            for words in beams[:candidates]
+        ]
+        if candidates == 1:
+            return outputs
+        read_by_teacher = tokens[:, 1:] if self.options.source_start else tokens
+        return self._best(tensor(read_by_teacher), owners, outputs)
 
     def _decode(self, source: Mapping[str, Any], codes: NDArray[np.int64]) -> list[list[int]]:
         """The words of each row of ``codes`` ``[R, L]``, -1 after the end."""
@@ -294,6 +325,110 @@ def path_words(path: NDArray[np.int64]) -> NDArray[np.int64]:
     starts = np.ones(len(path), bool)
     starts[1:] = path[1:] != path[:-1]
     return path[starts & (path != BOS)]
+
+
+def likeliest_sentences(
+    blanks: NDArray[Any],
+    symbols: NDArray[np.int64],
+    scores: NDArray[Any],
+    frames: NDArray[np.int64],
+    width: int,
+) -> tuple[list[list[list[int]]], NDArray[np.float64]]:
+    """Prefix beam search: the sentences with the most probability over all of their CTC paths.
+
+    Graves, "Supervised Sequence Labelling with Recurrent Neural Networks" (2012), section 7.5.3. B
+    sentences, T frames, the M likeliest words of each, W beams.
+
+    Args:
+        blanks: log-probability of the blank at each frame, ``[B, T]``.
+        symbols, scores: words and their log-probabilities, ``[B, T, M]``; different at one frame.
+        frames: how many frames of each sentence count, ``[B]``.
+        width: W.
+
+    Returns:
+        W sentences for each source, the likeliest first, and their log-probabilities ``[B, W]``.
+        Where there are fewer sentences than W, the likeliest fills their places.
+    """
+    search = PrefixSearch(len(blanks), width)
+    for frame in range(blanks.shape[1]):
+        inside = (frame < frames)[:, None]
+        search.advance(
+            np.where(inside[:, 0], blanks[:, frame], 0.0),
+            symbols[:, frame],
+            np.where(inside, scores[:, frame], -np.inf),
+        )
+    return search.sentences()
+
+
+class PrefixSearch:
+    """Beams of beginnings of sentences, of which two probabilities are kept: of the paths that end
+    in the blank, and of those that end in the last word. Everything is ``[B, W]``."""
+
+    def __init__(self, batch: int, width: int) -> None:
+        self.batch, self.width = batch, width
+        self.rows = np.arange(batch)[:, None]
+        self.blank_ends = np.full((batch, width), -np.inf)
+        self.blank_ends[:, 0] = 0.0
+        self.word_ends = np.full((batch, width), -np.inf)
+        self.last = np.full((batch, width), -1)
+        # Equal beginnings have equal keys; a beam without probability has one that nothing equals.
+        self.dead_keys = np.broadcast_to(np.arange(-width, 0), (batch, width))
+        self.keys = np.where(self.blank_ends == 0.0, 0, self.dead_keys)
+        self.history: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
+
+    def advance(
+        self, blank: NDArray[np.float64], words: NDArray[np.int64], scores: NDArray[np.float64]
+    ) -> None:
+        """Read a frame: ``blank`` ``[B]``, ``words`` and ``scores`` ``[B, M]``."""
+        either = np.logaddexp(self.blank_ends, self.word_ends)
+        again = words[:, None, :] == self.last[:, :, None]
+        repeat = np.where(again, scores[:, None, :], -np.inf).max(2)
+        blank_ends, word_ends = either + blank[:, None], self.word_ends + repeat
+        # a word that follows itself needs a blank in between
+        longer = scores[:, None, :] + np.where(again, self.blank_ends[..., None], either[..., None])
+        longer = longer.reshape(self.batch, -1)
+        keys = (self.keys[..., None] * PREFIX_KEY + words[:, None, :] + 1).reshape(self.batch, -1)
+        same = keys[:, :, None] == self.keys[:, None, :]
+        joined = np.where(same, longer[:, :, None], -np.inf).max(1)  # one at most
+        word_ends = np.logaddexp(word_ends, joined)
+        longer[same.any(2)] = -np.inf
+        self._keep_best(blank_ends, word_ends, longer, keys, words)
+
+    def _keep_best(
+        self,
+        blank_ends: NDArray[np.float64],
+        word_ends: NDArray[np.float64],
+        longer: NDArray[np.float64],
+        keys: NDArray[np.int64],
+        words: NDArray[np.int64],
+    ) -> None:
+        totals = np.concatenate([np.logaddexp(blank_ends, word_ends), longer], 1)
+        best = np.argsort(-totals, axis=1, kind="stable")[:, : self.width]
+        grown = best >= self.width
+        place = np.maximum(best - self.width, 0)
+        parents = np.where(grown, place // words.shape[1], best)
+        newest = np.where(grown, words[self.rows, place % words.shape[1]], -1)
+        gained = longer[self.rows, place]
+        self.blank_ends = np.where(grown, -np.inf, blank_ends[self.rows, parents])
+        self.word_ends = np.where(grown, gained, word_ends[self.rows, parents])
+        self.last = np.where(grown, newest, self.last[self.rows, parents])
+        kept = np.where(grown, keys[self.rows, place], self.keys[self.rows, parents])
+        self.keys = np.where(np.isinf(totals[self.rows, best]), self.dead_keys, kept)
+        self.history.append((parents, newest))
+
+    def sentences(self) -> tuple[list[list[list[int]]], NDArray[np.float64]]:
+        """As `likeliest_sentences` returns them."""
+        totals = np.logaddexp(self.blank_ends, self.word_ends)
+        order = np.argsort(-totals, axis=1, kind="stable")
+        totals = totals[self.rows, order]
+        order = np.where(np.isinf(totals), order[:, :1], order)
+        totals = np.where(np.isinf(totals), totals[:, :1], totals)
+        columns, beams = [], order
+        for parents, newest in reversed(self.history):
+            columns.append(newest[self.rows, beams])
+            beams = parents[self.rows, beams]
+        paths = np.stack(columns[::-1], 2)
+        return [[path[path >= 0].tolist() for path in each] for each in paths], totals
 
 
 class LatentSearch:

@@ -198,6 +198,16 @@ class Translator:
         return sample
 
 
+def task_of(checkpoint: str | Path) -> str:
+    """Name of the task that ``checkpoint``, or the first of several, was trained for.
+
+    Raises:
+        UserError: it is missing, damaged or not fairseq's.
+    """
+    first = utils.split_paths(str(checkpoint))[0]
+    return str(_read_checkpoint(first)["cfg"].task._name)
+
+
 def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Divide mixed options into (generation options, task options)."""
     generation = {key: value for key, value in options.items() if key in GENERATION_OPTIONS}

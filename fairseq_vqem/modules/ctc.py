@@ -113,16 +113,24 @@ def read_frames(
     """The words of the most probable path of each sentence, as `collapse` returns them.
 
     Args:
-        log_probabilities: ``[B, T, V]``; overwritten.
         frames: ``[B, T]`` true at real frames, which come first.
+        others: see `restrict`.
+    """
+    scores, path = restrict(log_probabilities, blank, never, penalty).max(-1)
+    return collapse(path, scores, frames, blank)
+
+
+def restrict(log_probabilities: Tensor, blank: int, never: list[int], penalty: float) -> Tensor:
+    """``log_probabilities`` ``[B, T, V]``, overwritten with what decoding allows.
+
+    Args:
         never: symbols that no frame may have.
         penalty: taken from the blank's log-probability: where words share a frame's probability
             the blank wins, so that a model in doubt writes too little.
     """
     log_probabilities[..., never] = float("-inf")
     log_probabilities[..., blank] -= penalty
-    scores, path = log_probabilities.max(-1)
-    return collapse(path, scores, frames, blank)
+    return log_probabilities
 
 
 def frames_needed(words: Tensor, counts: Tensor) -> Tensor:

@@ -16,7 +16,14 @@ from fairseq.models import register_model, register_model_architecture
 from fairseq.models.transformer import TransformerEncoderBase
 from torch import Tensor
 
-from fairseq_vqem.modules.ctc import CTCOutput, glancing_pass, left_packed, read_frames, upsample
+from fairseq_vqem.modules.ctc import (
+    CTCOutput,
+    collapse,
+    glancing_pass,
+    left_packed,
+    restrict,
+    upsample,
+)
 from fairseq_vqem.modules.decoders import EncoderOut, ParallelDecoder
 from fairseq_vqem.peers.base import PeerModel
 from fairseq_vqem.peers.config import CTCNATConfig, small_sizes, tiny_sizes
@@ -71,16 +78,19 @@ class CTCNAT(PeerModel):
 
         ``--iter-decode-eos-penalty`` is taken from the blank's log-probability.
         """
-        inputs, frames = upsample(encoder_out, self.scale)
-        logits = self.decoder(inputs, frames, encoder_out)
-        words, scores, counts = read_frames(
-            torch.log_softmax(logits.float(), -1),
-            frames,
-            self.blank,
-            [self.pad, self.eos],
-            eos_penalty,
-        )
+        log_probabilities, frames = self.read(encoder_out, eos_penalty)
+        scores, path = log_probabilities.max(-1)
+        words, scores, counts = collapse(path, scores, frames, self.blank)
         return self.hypotheses(decoder_out, words, scores, counts)
+
+    def read(self, encoder_out: EncoderOut, penalty: float) -> tuple[Tensor, Tensor]:
+        """Log-probabilities ``[B, T, V]`` of what each frame may be, and real frames ``[B, T]``.
+
+        ``penalty`` is taken from the blank's log-probability.
+        """
+        inputs, frames = upsample(encoder_out, self.scale)
+        scores = torch.log_softmax(self.decoder(inputs, frames, encoder_out).float(), -1)
+        return restrict(scores, self.blank, [self.pad, self.eos], penalty), frames
 
 
 @register_model_architecture("ctc_nat", "ctc_nat_small")

@@ -36,6 +36,7 @@ class Rules:
         noise: what ``--noise`` must be in training; None where the model takes no noised target.
         one_pass: decoded without refinement, for which it was not trained.
         every_pass: decoded to the last pass, since equal outputs of two passes may hold masks.
+        prefix_beam: candidates come from prefix beam search, not from several lengths.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Rules:
     noise: str | None = None
     one_pass: bool = False
     every_pass: bool = False
+    prefix_beam: bool = False
 
 
 NAT_LOSS = (LabelSmoothedDualImitationCriterion, "nat_loss")
@@ -58,7 +60,7 @@ RULES: dict[type, Rules] = {
         "cmlm_transformer", *NAT_LOSS, noise="random_mask", every_pass=True
     ),
     LevenshteinTransformerModel: Rules("levenshtein_transformer", *NAT_LOSS, noise="random_delete"),
-    CTCNAT: Rules("ctc_nat", CTCNATLoss, "ctc_nat_loss", one_pass=True),
+    CTCNAT: Rules("ctc_nat", CTCNATLoss, "ctc_nat_loss", one_pass=True, prefix_beam=True),
     FertilityNAT: Rules("fertility_nat", FertilityNATLoss, "fertility_nat_loss", one_pass=True),
 }
 
@@ -138,7 +140,7 @@ def check_generation(models: Sequence[Any], args: Any) -> None:
         )
     if len(students) > 1 and not hasattr(models[0], "enable_ensemble"):
         raise UserError(f"{rules.name} does not decode as an ensemble: give one checkpoint")
-    if beam < 1 or (beam > 1 and not models[0].allow_length_beam):
+    if beam < 1 or (beam > 1 and not (rules.prefix_beam or models[0].allow_length_beam)):
         raise UserError(
             f"{rules.name} has no candidates of other lengths: drop --iter-decode-with-beam {beam}"
         )

@@ -22,6 +22,7 @@ from fairseq_vqem.models.config import option
 from fairseq_vqem.models.initialise import initialise_from_teacher
 from fairseq_vqem.peers.alignments import alignment_prefix
 from fairseq_vqem.peers.generator import ParallelGenerator
+from fairseq_vqem.peers.prefix_beam import PrefixBeamGenerator
 from fairseq_vqem.peers.rules import (
     check_criterion,
     check_source_copy,
@@ -133,7 +134,10 @@ class TranslationNATTask(TranslationLevenshteinTask):
 
     def build_generator(self, models: Sequence[Any], args: Any, **unused: Any) -> ParallelGenerator:
         check_source_copy(models[0], self.cfg)
-        return ParallelGenerator(self.target_dictionary, models, args, self.cfg.remove_repeats)
+        candidates = getattr(args, "iter_decode_with_beam", 1) > 1
+        searched = candidates and rules_of(models[0]).prefix_beam
+        kind = PrefixBeamGenerator if searched else ParallelGenerator
+        return kind(self.target_dictionary, models, args, self.cfg.remove_repeats)
 
     # ------------------------------------------------------------------ training, validation
 

@@ -162,7 +162,7 @@ def test_the_first_format_is_read(workshop: Workshop, artefact: Path, tmp_path: 
 
     def older(manifest: dict[str, Any]) -> None:
         manifest["version"] = 1
-        for name in ("collapse", "candidates", "source_start"):
+        for name in ("collapse", "candidates", "source_start", "frame_beam"):
             del manifest["decoding"][name]
 
     change_manifest(copy, older)
@@ -175,7 +175,7 @@ def test_other_formats_are_refused(artefact: Path, tmp_path: Path) -> None:
     copy = tmp_path / "newer"
     shutil.copytree(artefact, copy)
     change_manifest(copy, lambda manifest: manifest.update(version=manifest["version"] + 1))
-    with pytest.raises(StandaloneError, match="has format fairseq_vqem-export 3, but"):
+    with pytest.raises(StandaloneError, match="has format fairseq_vqem-export 4, but"):
         StandaloneTranslator(copy)
 
 
@@ -235,5 +235,6 @@ def test_refusals(
     assert "--latent-length source" in message("--stop-at-pad-latent")
     assert "A latent beam of 99 is impossible" in message("--latent-beam", 99)
     assert "at least --latent-candidates 2" in message("--teacher", teacher)
+    assert "--iter-decode-with-beam 4 is for ctc_nat" in message("--iter-decode-with-beam", 4)
     both = f"{workshop.student}:{workshop.student}"
     assert "An ensemble" in message(checkpoint=both)

@@ -15,10 +15,12 @@ from workshop import SIZES, SOURCE, TARGET, TEACHER, Outcome, Workshop, short, w
 
 from fairseq_vqem import Translator
 from fairseq_vqem.benchmark.scoring import score
+from fairseq_vqem.cli import main
 from fairseq_vqem.corpora.binarise import binarise
 from fairseq_vqem.corpora.sample import load_sample
 from fairseq_vqem.corpora.subwords import load_subwords, train_subwords
 from fairseq_vqem.errors import UserError
+from fairseq_vqem.export.standalone import StandaloneTranslator
 from fairseq_vqem.peers.alignments import (
     SPLITS,
     align,
@@ -160,7 +162,9 @@ def test_generation_is_complete_in_order_and_that_of_translator(
     assert translator.translate(sources) == expected
 
 
-@pytest.mark.parametrize("model", ["nonautoregressive_transformer", "fertility_nat_tiny"])
+@pytest.mark.parametrize(
+    "model", ["nonautoregressive_transformer", "fertility_nat_tiny", "ctc_nat_tiny"]
+)
 def test_teacher_chooses_among_ten_candidates(
     workshop: Workshop, teacher: Path, trainings: Trainings, generated: Generate, model: str
 ) -> None:
@@ -177,6 +181,32 @@ def test_teacher_chooses_among_ten_candidates(
     )
     best = translator.translate_tokens([translator._tokens(s) for s in workshop.sources(MANY)])
     assert found == [translator.pieces(tokens) for tokens in best]
+
+
+def test_export_of_ten_sentences_and_the_teacher(
+    workshop: Workshop,
+    teacher: Path,
+    trainings: Trainings,
+    generated: Generate,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for package in ("onnx", "onnxruntime"):
+        pytest.importorskip(package, reason="needs pip install 'fairseq_vqem[export]'")
+    checkpoint, _ = trainings("ctc_nat_tiny")
+    penalty, beam = ("--iter-decode-eos-penalty", 1.0), ("--iter-decode-with-beam", 10)
+    out = tmp_path / "exported"
+    words = ["export", "--checkpoint", checkpoint, "--data", workshop.data, "--out", out, *penalty]
+    alone = list(map(str, [*words, "--teacher", teacher]))
+    assert main(alone) == 1
+    assert "add --iter-decode-with-beam 2 or more" in capsys.readouterr().err
+    assert main([*alone, *map(str, beam)]) == 0
+    assert "100.0% of the tokens" in capsys.readouterr().out
+    path = f"{checkpoint}:{teacher}"
+    expected = generated(path, *beam, "--iter-decode-with-external-reranker", *penalty)
+    translator = StandaloneTranslator(out, threads=1)
+    sources = translator.encode(workshop.sources(MANY))
+    assert [translator.target.pieces(ids) for ids in translator.translate_ids(sources)] == expected
 
 
 def test_align_links_every_target_word_once(

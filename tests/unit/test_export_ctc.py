@@ -31,7 +31,6 @@ from fairseq_vqem.export.command import decoding_options
 from fairseq_vqem.export.standalone import StandaloneError
 from fairseq_vqem.peers.config import CTCNATConfig
 from fairseq_vqem.peers.ctc_nat import CTCNAT
-from fairseq_vqem.peers.generator import ParallelGenerator
 from fairseq_vqem.tasks.translation_nat import TranslationNATConfig, TranslationNATTask
 
 
@@ -90,7 +89,15 @@ def test_teachers_that_cannot_be_written(
     assert not list(tmp_path.iterdir())
 
 
-def ctc_translator(tiny: Any, subwords: SubwordModel, penalty: float, **options: Any) -> Any:
+def ctc_translator(
+    tiny: Any,
+    subwords: SubwordModel,
+    penalty: float,
+    *,
+    beam: int = 1,
+    teacher: bool = False,
+    **options: Any,
+) -> Any:
     """A random ``ctc_nat`` as ``Translator.from_checkpoint`` has it."""
     dictionary = tiny.dictionary()
     config = TranslationNATConfig(source_lang="en", target_lang="de")
@@ -101,11 +108,18 @@ def ctc_translator(tiny: Any, subwords: SubwordModel, penalty: float, **options:
     model: Any = CTCNAT.build_model(CTCNATConfig(**{**sizes, **options}), task)
     for parameter in model.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
-    generation = SimpleNamespace(iter_decode_eos_penalty=penalty)
+    generation = SimpleNamespace(
+        iter_decode_eos_penalty=penalty,
+        iter_decode_with_beam=beam,
+        iter_decode_with_external_reranker=teacher,
+    )
+    models = [model.eval()]
+    if teacher:
+        models.append(tiny_teacher(tiny.task(), layers=2, normalize_before=True))
     return SimpleNamespace(
-        models=[model.eval()],
+        models=models,
         task=task,
-        generator=ParallelGenerator(dictionary, [model], generation),
+        generator=task.build_generator(models, generation),
         subwords=subwords,
         max_source_tokens=MAX_SOURCE,
     )
@@ -132,6 +146,29 @@ def test_ctc_nat(
     assert_same(tiny, translator, [longest], ours.translate_ids([longest]))
     with pytest.raises(StandaloneError, match=f"at most {MAX_SOURCE - 1}"):
         ours.translate_ids([[FIRST_WORD, *longest]])
+
+
+@pytest.mark.parametrize("teacher", [False, True])
+@pytest.mark.parametrize("penalty", [0.0, 2.0])
+def test_prefix_beam_search(
+    tiny: Any, few_subwords: SubwordModel, tmp_path: Path, penalty: float, teacher: bool
+) -> None:
+    translator = ctc_translator(tiny, few_subwords, penalty, beam=5, teacher=teacher)
+    ours = exported(translator, tmp_path)
+    assert (ours.options.frame_beam, ours.options.candidates) == (5, 5 if teacher else 1)
+    sources = [source for source in sentences(120, seed=3) if len(source) > 1]
+    found = ours.translate_ids(sources)
+    assert_same(tiny, translator, sources, found)
+    greedy = ctc_translator(tiny, few_subwords, penalty)
+    firsts = generated(tiny, greedy, sources)
+    assert sum(a != b for a, b in zip(found, firsts, strict=True)) > 30
+    assert [ours.translate_ids([source])[0] for source in sources[:30]] == found[:30]
+    ours.max_tokens = 50
+    assert ours.translate_ids(sources) == found
+    longest = [FIRST_WORD] * (MAX_SOURCE - 2) + [EOS]
+    assert_same(tiny, translator, [longest], ours.translate_ids([longest]))
+    int8 = exported(translator, tmp_path / "int8", "int8").translate_ids(sources)
+    assert sum(map(len, int8)) == pytest.approx(sum(map(len, found)), rel=0.2)
 
 
 def test_ctc_nat_in_eight_bits(tiny: Any, few_subwords: SubwordModel, tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def test_wrong_task_is_named() -> None:
     ("kinds", "options", "message"),
     [
         (["teacher"], {}, "--task translation "),
-        (["ctc_nat"], {"iter_decode_with_beam": 4}, "drop --iter-decode-with-beam"),
+        (["ctc_nat"], {"iter_decode_with_beam": 0}, "drop --iter-decode-with-beam"),
         (["levenshtein_transformer"], {"iter_decode_with_beam": 4}, "drop --iter-decode-with-beam"),
         (["fertility_nat"], {"iter_decode_with_beam": 0}, "drop --iter-decode-with-beam"),
         (["fertility_nat"], {"iter_decode_max_iter": 4}, "one pass"),

@@ -1,0 +1,96 @@
+"""Candidates of a CTC model by prefix beam search."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fairseq_vqem.export.standalone import SYMBOLS_PER_FRAME, likeliest_sentences
+from fairseq_vqem.generation.parts import in_parts, refuse_forced_words
+from fairseq_vqem.peers.ctc_nat import CTCNAT
+from fairseq_vqem.peers.generator import ParallelGenerator
+
+
+class PrefixBeamGenerator(ParallelGenerator):
+    """The likeliest sentences of ``ctc_nat`` instead of the words of its likeliest path.
+
+    A sentence has the probability of all of its paths together. Of ``--iter-decode-with-beam``
+    sentences the teacher chooses (``--iter-decode-with-external-reranker``), or the likeliest is
+    taken. The decoder runs once however many there are.
+    """
+
+    @torch.no_grad()
+    def generate(
+        self,
+        models: Sequence[Any],
+        sample: dict[str, Any],
+        prefix_tokens: Tensor | None = None,
+        constraints: Tensor | None = None,
+    ) -> list[list[dict[str, Any]]]:
+        """One list per sentence of ``sample`` with its best hypothesis (BOS, words, EOS)."""
+        refuse_forced_words(prefix_tokens, constraints)
+        for model in models:
+            model.eval()
+        found: list[list[dict[str, Any]]] = []
+        for src_tokens, src_lengths in in_parts(sample, self.beam_size):
+            encoder_out = models[0].forward_encoder([src_tokens, src_lengths])
+            sentences, scores = search_frames(
+                models[0], encoder_out, self.beam_size, self.eos_penalty
+            )
+            candidates = [
+                [self.hypothesis(words, score, src_tokens)]
+                for beams, each in zip(sentences, scores.tolist(), strict=True)
+                for words, score in zip(beams, each, strict=True)
+            ]
+            judge = self.own_scores or models[-1]
+            candidates = self.rerank(judge, candidates, [src_tokens, src_lengths], self.beam_size)
+            for start in range(0, len(candidates), self.beam_size):
+                found.append(max(candidates[start : start + self.beam_size], key=_score))
+        return found
+
+    def hypothesis(self, words: list[int], score: float, like: Tensor) -> dict[str, Any]:
+        """The record that fairseq's command line prints.
+
+        Args:
+            score: log-probability of the sentence; each token is given the same share of it.
+            like: its device is the record's.
+        """
+        tokens = torch.tensor([self.bos, *words, self.eos], device=like.device)
+        record = {
+            "steps": 0,
+            "tokens": tokens,
+            "positional_scores": torch.full(tokens.shape, score / len(tokens), device=like.device),
+            "score": torch.tensor(score, device=like.device),
+            "hypo_attn": None,
+            "alignment": None,
+        }
+        if self.retain_history:
+            record["history"] = [{"tokens": tokens}]
+        return record
+
+
+@torch.no_grad()
+def search_frames(
+    model: CTCNAT, encoder_out: Any, width: int, penalty: float
+) -> tuple[list[list[list[int]]], Any]:
+    """`likeliest_sentences` of ``model``: ``width`` for each sentence, and their scores ``[B, W]``.
+
+    Args:
+        penalty: taken from the blank's log-probability.
+    """
+    log_probabilities, frames = model.read(encoder_out, penalty)
+    blanks = log_probabilities[..., model.blank].clone()
+    log_probabilities[..., model.blank] = float("-inf")
+    scores, symbols = log_probabilities.topk(min(SYMBOLS_PER_FRAME, log_probabilities.size(2)), -1)
+    return likeliest_sentences(
+        *(blanks.cpu().numpy(), symbols.cpu().numpy(), scores.cpu().numpy()),
+        frames=frames.sum(1).cpu().numpy(),
+        width=width,
+    )
+
+
+def _score(candidate: list[dict[str, Any]]) -> float:
+    return float(candidate[0]["score"])
