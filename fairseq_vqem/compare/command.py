@@ -13,7 +13,7 @@ from fairseq_vqem.benchmark.tables import render_table
 from fairseq_vqem.compare.fairness import check_no_leak, check_same_outputs
 from fairseq_vqem.compare.measurements import load_engines, time_rows, translate_rows
 from fairseq_vqem.compare.page import write_page
-from fairseq_vqem.compare.report import Findings, write_comparison
+from fairseq_vqem.compare.report import Findings, write_comparison, write_pairs
 from fairseq_vqem.compare.settings import Settings, read_settings
 from fairseq_vqem.corpora.files import read_lines, replacing, write_columns
 from fairseq_vqem.pipeline import stages
@@ -52,10 +52,11 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def compare(run: stages.Run, settings: Settings) -> str:
-    """Translate, score and time every system; write ``compare.{json,md,html}``, `HYPOTHESES`.
+    """Translate, score and time every system; write ``compare.{json,md,html}``, `HYPOTHESES`, and
+    ``pairs.json`` where the recipe asks for pairs.
 
     Returns:
-        The table as Markdown.
+        The tables as Markdown.
 
     Raises:
         UserError: a system lost sentences, or its outputs depend on what they should not.
@@ -83,8 +84,12 @@ def compare(run: stages.Run, settings: Settings) -> str:
     texts = {"source": sources, "reference": references, **hypotheses}
     write_columns(run.out / HYPOTHESES, texts)
     page = run.out / "compare.html"
-    write_page(page, table, result, seconds, timings["source_tokens"], texts)
-    text = render_table(table, result["signature"])
+    tables = [table]
+    if settings.pairs:
+        sacrebleu = result["signature"]["sacrebleu"]
+        tables.append(write_pairs(run.out / "pairs.json", findings, sacrebleu))
+    write_page(page, tables, result, seconds, timings["source_tokens"], texts)
+    text = "\n\n".join(render_table(each, result["signature"]) for each in tables)
     with replacing(run.out / "compare.md") as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
     return f"\n{text}\n\nReport: {page}"

@@ -11,7 +11,7 @@ import numpy as np
 
 from fairseq_vqem.analysis.usage import code_counts
 from fairseq_vqem.benchmark.engines import Engine
-from fairseq_vqem.benchmark.scoring import PairedScore, Scores, paired_bootstrap, score
+from fairseq_vqem.benchmark.scoring import SEED, PairedScore, Scores, paired_bootstrap, score
 from fairseq_vqem.benchmark.signature import make_signature
 from fairseq_vqem.benchmark.tables import ResultRow, ResultTable, latency_columns, write_table
 from fairseq_vqem.benchmark.throughput import Throughput, summarise_throughput
@@ -23,6 +23,9 @@ from fairseq_vqem.pipeline.stages import TEACHER, VQEM_TASK, Run, System
 
 DATA, P_VALUE, COMET = "Targets", "p", "COMET"
 THROUGHPUT, TRAINING, MEMORY = "Sentences/s (batch)", "Training (tokens/s)", "Training memory (MiB)"
+
+
+PAIR_COLUMNS = ("Against", "BLEU", "p (BLEU)", "chrF", "p (chrF)")
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,28 @@ def write_comparison(path: Path, findings: Findings) -> tuple[ResultTable, dict[
     )
     write_table(path, table, signature, **details)
     return table, {**details, "signature": asdict(signature)}
+
+
+def write_pairs(path: Path, findings: Findings, sacrebleu: dict[str, str]) -> ResultTable:
+    """Test the pairs of ``settings.pairs`` and write a signed result file of the differences.
+
+    Args:
+        sacrebleu: signatures of the metrics.
+    """
+    rows = []
+    for system, other in findings.settings.pairs:
+        both = {name: findings.hypotheses[name] for name in (other, system)}
+        base, found = paired_bootstrap(both, findings.references)
+        cells = (
+            *(other, f"{found.bleu - base.bleu:+.2f}", _p_value(found.bleu_p)),
+            *(f"{found.chrf - base.chrf:+.2f}", _p_value(found.chrf_p)),
+        )
+        rows.append(ResultRow(system, extra=dict(zip(PAIR_COLUMNS, cells, strict=True))))
+    run = findings.run
+    table = ResultTable(f"{run.recipe.name}-pairs", rows, ["system", *PAIR_COLUMNS])
+    signature = make_signature(data=run.data, seed=SEED, device=run.device, sacrebleu=sacrebleu)
+    write_table(path, table, signature)
+    return table
 
 
 def _row(

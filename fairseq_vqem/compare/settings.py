@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 
@@ -17,6 +18,7 @@ class Settings:
     Attributes:
         baselines: systems that speed-ups refer to, one column each.
         reference: the system of the paired bootstrap.
+        pairs: two systems each, the first tested against the second by paired bootstrap as well.
         decode_batch_size: sentences per batch when the test set is translated for scoring.
         batch_sizes: tried for throughput; the best one counts.
         throughput_sentences: of the test set, evenly spaced (100 candidates take minutes).
@@ -27,6 +29,7 @@ class Settings:
 
     baselines: Sequence[str] = (TEACHER_BEAM,)
     reference: str = TEACHER_GREEDY
+    pairs: Sequence[Sequence[str]] = ()
     decode_batch_size: int = 32
     batch_sizes: Sequence[int] = (8, 32, 128)
     throughput_sentences: int = 256
@@ -45,7 +48,12 @@ def read_settings(recipe: Recipe, systems: Collection[str]) -> Settings:
     if unknown:
         raise UserError(f"the recipe has unknown compare options: {', '.join(unknown)}")
     settings = Settings(**recipe.compare)
-    named = [*settings.baselines, settings.reference, *settings.sampled]
+    if any(
+        isinstance(pair, str) or [len(pair), len(set(pair))] != [2, 2] for pair in settings.pairs
+    ):
+        raise UserError("the compare option pairs is a list of pairs: [[system, other], …]")
+    paired = itertools.chain.from_iterable(settings.pairs)
+    named = [*settings.baselines, settings.reference, *settings.sampled, *paired]
     missing = [name for name in named if name not in systems]
     if missing:
         raise UserError(

@@ -71,6 +71,7 @@ RECIPE: dict[str, Any] = {
     "compare": {
         **{"baselines": ["teacher, beam 4", "teacher, greedy"], "batch_sizes": [4, 16]},
         **{"throughput_repeats": 1, "decode_batch_size": 8},
+        "pairs": [["vqem", "teacher, beam 4"], ["teacher, beam 4", "vqem"], ["AR", "vqem"]],
     },
 }
 ROWS = ["teacher, beam 4", "teacher, greedy", "AR", "vqem", *RECIPE["variants"]]
@@ -114,6 +115,19 @@ def test_the_report_has_every_row_with_all_its_numbers(compared: Path) -> None:
     assert (compared / "out" / "compare.md").is_file()
     page = (compared / "out" / "compare.html").read_text("utf-8")
     assert all(name in page for name in ROWS) and page.count("<svg") == 3
+
+
+def test_pairs_are_tested_in_both_directions(compared: Path) -> None:
+    table, _ = read_table(compared / "out" / "pairs.json")
+    there, back, _ = (row.extra or {} for row in table.rows)
+    assert [row.system for row in table.rows] == ["vqem", "teacher, beam 4", "AR"]
+    assert there["Against"] == "teacher, beam 4"
+    scores = {row.system: row.bleu for row in read_table(compared / "out" / "compare.json")[0].rows}
+    difference = float(scores["vqem"] or 0) - float(scores["teacher, beam 4"] or 0)
+    assert float(there["BLEU"]) == pytest.approx(difference, abs=0.01)
+    assert float(back["BLEU"]) == -float(there["BLEU"]) and back["p (BLEU)"] == there["p (BLEU)"]
+    text = (compared / "out" / "compare.md").read_text("utf-8")
+    assert "| vqem | teacher, beam 4 |" in text
 
 
 def test_the_translations_can_be_scored_again(compared: Path) -> None:

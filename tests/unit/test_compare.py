@@ -35,6 +35,10 @@ def test_settings_have_defaults_and_name_their_systems() -> None:
         ({"baselines": ["nat"]}, "name 'nat', but the recipe has only teacher"),
         ({"sampled": ["nat"]}, "name 'nat'"),
         ({"baselines": []}, "at least one baseline"),
+        ({"pairs": [["student", "nat"]]}, "name 'nat'"),
+        ({"pairs": [["student"]]}, "list of pairs"),
+        ({"pairs": [["student", "student"]]}, "list of pairs"),
+        ({"pairs": ["student", "nat"]}, "list of pairs"),
     ):
         with pytest.raises(UserError, match=message):
             read_settings(recipe(**compare), NAMES)
@@ -80,6 +84,7 @@ def test_page_needs_nothing_else(tmp_path: Path) -> None:
         ResultRow("nat", bleu=18.0, bleu_ci=1.0, latency_median_ms=5.0, extra={"p": "0.1"}),
     ]
     table = ResultTable("test", rows, ["system", "bleu", "latency_median_ms", "p"])
+    pairs = ResultTable("pairs", [ResultRow("x", extra={"BLEU": "+0.25"})], ["system", "BLEU"])
     result = {
         "code_counts": {"nat": [5, 3, 1]},
         "models": {"a <b>": "teacher", "nat": "nat"},
@@ -89,8 +94,9 @@ def test_page_needs_nothing_else(tmp_path: Path) -> None:
     }
     seconds = {row.system: np.full((2, 3), 0.01) for row in rows}
     texts = {name: ["one", "two & three", "four"] for name in ("source", "reference", "nat")}
-    write_page(tmp_path / "page.html", table, result, seconds, [3, 3, 9], texts)
+    write_page(tmp_path / "page.html", [table, pairs], result, seconds, [3, 3, 9], texts)
     page = (tmp_path / "page.html").read_text("utf-8")
+    assert "+0.25" in page
     assert page.count("<svg") == 3 and "a &lt;b&gt;" in page and "two &amp; three" in page
     assert not re.search(r"(src|href)=\"http|<script|@import|url\(http", page)
     assert list(tmp_path.iterdir()) == [tmp_path / "page.html"]
