@@ -47,8 +47,10 @@ class ExportedEngine:
         penalty = task_options.pop("iter_decode_eos_penalty", 0.0)
         student, *teacher = checkpoint.split(":")
         frame_beam = int(task_options.pop("iter_decode_with_beam", 1))
-        rescored = task_options.pop("iter_decode_with_external_reranker", False)
-        if (task_options.pop("rescore", "none") == "teacher" or rescored) != bool(teacher):
+        rescore = task_options.pop("rescore", "none")
+        if task_options.pop("iter_decode_with_external_reranker", False) and rescore == "none":
+            rescore = "teacher"
+        if rescore != ("teacher" if teacher else "none"):
             raise UserError("an exported row re-scores with its teacher, or not at all")
         export(
             Path(student),

@@ -85,6 +85,7 @@ def compare(run: stages.Run, settings: Settings) -> str:
     write_columns(run.out / HYPOTHESES, texts)
     page = run.out / "compare.html"
     tables = [table]
+    (run.out / "pairs.json").unlink(missing_ok=True)
     if settings.pairs:
         sacrebleu = result["signature"]["sacrebleu"]
         tables.append(write_pairs(run.out / "pairs.json", findings, sacrebleu))

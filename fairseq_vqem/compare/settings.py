@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.pipeline.recipe import Recipe
@@ -48,9 +49,7 @@ def read_settings(recipe: Recipe, systems: Collection[str]) -> Settings:
     if unknown:
         raise UserError(f"the recipe has unknown compare options: {', '.join(unknown)}")
     settings = Settings(**recipe.compare)
-    if any(
-        isinstance(pair, str) or [len(pair), len(set(pair))] != [2, 2] for pair in settings.pairs
-    ):
+    if not _are_pairs(settings.pairs):
         raise UserError("the compare option pairs is a list of pairs: [[system, other], …]")
     paired = itertools.chain.from_iterable(settings.pairs)
     named = [*settings.baselines, settings.reference, *settings.sampled, *paired]
@@ -62,3 +61,12 @@ def read_settings(recipe: Recipe, systems: Collection[str]) -> Settings:
     if not settings.baselines or not settings.batch_sizes:
         raise UserError("compare needs at least one baseline and one batch size")
     return settings
+
+
+def _are_pairs(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(
+        isinstance(pair, list)
+        and all(isinstance(name, str) for name in pair)
+        and len(pair) == len(set(pair)) == 2
+        for pair in value
+    )

@@ -44,7 +44,8 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--iter-decode-with-beam",
         type=int,
         default=1,
-        help="of CTC: sentences kept by prefix beam search, for --teacher to choose from",
+        help="of CTC: sentences kept by prefix beam search, of which --teacher chooses, or else"
+        " the likeliest is taken",
     )
     parser.add_argument("--latent-beam", type=int, help="beam of the latent search; 1 is greedy")
     parser.add_argument(
@@ -136,9 +137,10 @@ def export(
     if task_of(checkpoint) == "translation_nat":
         generation["iter_decode_with_beam"] = frame_beam
         generation["iter_decode_with_external_reranker"] = teacher is not None
-    elif frame_beam > 1:
+    elif frame_beam != 1:
         raise UserError(
-            f"--iter-decode-with-beam {frame_beam} is for ctc_nat: give --latent-candidates"
+            f"--iter-decode-with-beam {frame_beam} is for ctc_nat: vqem_transformer has"
+            " --latent-candidates"
         )
     elif teacher is not None:
         overrides["rescore"] = "teacher"

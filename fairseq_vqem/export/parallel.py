@@ -231,9 +231,10 @@ class CTCGraphs(ParallelGraphs):
         scores = graph.op("LogSoftmax", real, axis=1)
         blank = graph.op("Gather", scores, np.int64(self.model.blank), axis=1)
         blank = graph.op("Sub", blank, np.float32(self.blank_penalty))
-        never = np.zeros(words, np.float32)
-        never[[self.model.blank, self.model.pad, self.model.eos]] = -np.inf
-        scores, symbols = graph.ops("TopK", 2, graph.op("Add", scores, never), np.array([kept]))
+        never = torch.zeros(words)
+        never[[self.model.blank, self.model.pad, self.model.eos]] = float("-inf")
+        scores = graph.op("Add", scores, graph.weight("decoder.never", never))
+        scores, symbols = graph.ops("TopK", 2, scores, np.array([kept]))
         graph.output("blanks", blank, np.float32, ["N"])
         graph.output("scores", scores, np.float32, ["N", kept])
         graph.output("symbols", symbols, np.int64, ["N", kept])

@@ -34,6 +34,7 @@ GRAPHS = ("encode", STEP, "decode")
 DECODER_READS = ("tokens", "states", "source_bias")
 SCORE = "score"  # the teacher's graph, where candidates are re-scored
 SYMBOLS_PER_FRAME = 8  # words that prefix beam search considers at each CTC frame
+MOST_SCORED_WORDS = 8192  # that the teacher reads at a time, padding included: its logits are large
 PREFIX_KEY = 6364136223846793005  # an odd multiplier for keys of word sequences, modulo 2^64
 PROBE = "probe"
 PROBE_SIZE, PROBE_WEIGHT, PROBE_VALUE = 64, 127, 255
@@ -276,8 +277,13 @@ class StandaloneTranslator:
         distinct = list(dict.fromkeys((owner, *ids) for owner, ids in pairs))
         words = padded([ids for _, *ids in distinct])
         rows = np.array([owner for owner, *_ in distinct])
-        feed = {"tokens": tokens, "owners": tensor(rows), "words": tensor(words)}
-        scores = self.graphs[SCORE](feed)["scores"].numpy()
+        size = max(1, MOST_SCORED_WORDS // words.shape[1])
+        parts = []
+        for start in range(0, len(rows), size):
+            part = slice(start, start + size)
+            feed = {"owners": tensor(rows[part]), "words": tensor(words[part]), "tokens": tokens}
+            parts.append(self.graphs[SCORE](feed)["scores"].numpy())
+        scores = np.concatenate(parts)
         best: dict[int, int] = {}
         for place, (owner, *_) in enumerate(distinct):
             if owner not in best or scores[place] > scores[best[owner]]:
@@ -346,8 +352,9 @@ def likeliest_sentences(
         width: W.
 
     Returns:
-        W sentences for each source, the likeliest first, and their log-probabilities ``[B, W]``.
-        Where there are fewer sentences than W, the likeliest fills their places.
+        W sentences for each source, the likeliest first, and their log-probabilities ``[B, W]``,
+        of the paths that the search has followed. Where there are fewer sentences than W, the
+        likeliest fills their places.
     """
     search = PrefixSearch(len(blanks), width)
     for frame in range(blanks.shape[1]):

@@ -11,7 +11,7 @@ from torch import Tensor
 from fairseq_vqem.export.standalone import SYMBOLS_PER_FRAME, likeliest_sentences
 from fairseq_vqem.generation.parts import in_parts, refuse_forced_words
 from fairseq_vqem.peers.ctc_nat import CTCNAT
-from fairseq_vqem.peers.generator import ParallelGenerator
+from fairseq_vqem.peers.generator import ParallelGenerator, without_repeats
 
 
 class PrefixBeamGenerator(ParallelGenerator):
@@ -40,30 +40,40 @@ class PrefixBeamGenerator(ParallelGenerator):
             sentences, scores = search_frames(
                 models[0], encoder_out, self.beam_size, self.eos_penalty
             )
+            if self.own_scores:
+                best = zip(sentences, scores[:, 0].tolist(), strict=True)
+                found += [[self.hypothesis(beams[0], score, src_tokens)] for beams, score in best]
+                continue
             candidates = [
                 [self.hypothesis(words, score, src_tokens)]
                 for beams, each in zip(sentences, scores.tolist(), strict=True)
                 for words, score in zip(beams, each, strict=True)
             ]
-            judge = self.own_scores or models[-1]
-            candidates = self.rerank(judge, candidates, [src_tokens, src_lengths], self.beam_size)
-            for start in range(0, len(candidates), self.beam_size):
-                found.append(max(candidates[start : start + self.beam_size], key=_score))
+            source = [src_tokens, src_lengths]
+            candidates = self.rerank(models[-1], candidates, source, self.beam_size)
+            judged = torch.stack([each["score"] for (each,) in candidates])
+            best_of = judged.view(-1, self.beam_size).argmax(1).tolist()
+            found += [candidates[row * self.beam_size + n] for row, n in enumerate(best_of)]
+        if self.remove_repeats and self.own_scores:
+            found = [[without_repeats(best)] for (best,) in found]
         return found
 
     def hypothesis(self, words: list[int], score: float, like: Tensor) -> dict[str, Any]:
         """The record that fairseq's command line prints.
 
         Args:
-            score: log-probability of the sentence; each token is given the same share of it.
+            score: log-probability of the sentence. It has no parts: each token is given the same
+                share, so that the record's score, their mean as everywhere in fairseq, is that of
+                one token. Without a teacher the most probable sentence is chosen all the same.
             like: its device is the record's.
         """
         tokens = torch.tensor([self.bos, *words, self.eos], device=like.device)
+        shares = torch.full(tokens.shape, score / len(tokens), device=like.device)
         record = {
             "steps": 0,
             "tokens": tokens,
-            "positional_scores": torch.full(tokens.shape, score / len(tokens), device=like.device),
-            "score": torch.tensor(score, device=like.device),
+            "positional_scores": shares,
+            "score": shares[0],
             "hypo_attn": None,
             "alignment": None,
         }
@@ -90,7 +100,3 @@ def search_frames(
         frames=frames.sum(1).cpu().numpy(),
         width=width,
     )
-
-
-def _score(candidate: list[dict[str, Any]]) -> float:
-    return float(candidate[0]["score"])

@@ -140,7 +140,9 @@ def check_generation(models: Sequence[Any], args: Any) -> None:
         )
     if len(students) > 1 and not hasattr(models[0], "enable_ensemble"):
         raise UserError(f"{rules.name} does not decode as an ensemble: give one checkpoint")
-    if beam < 1 or (beam > 1 and not (rules.prefix_beam or models[0].allow_length_beam)):
+    if beam < 1:
+        raise UserError(f"--iter-decode-with-beam {beam} is impossible: give 1 or more")
+    if beam > 1 and not (rules.prefix_beam or models[0].allow_length_beam):
         raise UserError(
             f"{rules.name} has no candidates of other lengths: drop --iter-decode-with-beam {beam}"
         )

@@ -156,13 +156,19 @@ def change_manifest(folder: Path, change: Callable[[dict[str, Any]], None]) -> N
     (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
 
-def test_the_first_format_is_read(workshop: Workshop, artefact: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("version", "later"),
+    [(1, ("collapse", "candidates", "source_start", "frame_beam")), (2, ("frame_beam",))],
+)
+def test_earlier_formats_are_read(
+    workshop: Workshop, artefact: Path, tmp_path: Path, version: int, later: tuple[str, ...]
+) -> None:
     copy = tmp_path / "older"
     shutil.copytree(artefact, copy)
 
     def older(manifest: dict[str, Any]) -> None:
-        manifest["version"] = 1
-        for name in ("collapse", "candidates", "source_start", "frame_beam"):
+        manifest["version"] = version
+        for name in later:
             del manifest["decoding"][name]
 
     change_manifest(copy, older)
@@ -235,6 +241,8 @@ def test_refusals(
     assert "--latent-length source" in message("--stop-at-pad-latent")
     assert "A latent beam of 99 is impossible" in message("--latent-beam", 99)
     assert "at least --latent-candidates 2" in message("--teacher", teacher)
-    assert "--iter-decode-with-beam 4 is for ctc_nat" in message("--iter-decode-with-beam", 4)
+    for beam in (4, 0):
+        refusal = message("--iter-decode-with-beam", beam)
+        assert f"--iter-decode-with-beam {beam} is for ctc_nat" in refusal
     both = f"{workshop.student}:{workshop.student}"
     assert "An ensemble" in message(checkpoint=both)

@@ -39,6 +39,8 @@ def test_settings_have_defaults_and_name_their_systems() -> None:
         ({"pairs": [["student"]]}, "list of pairs"),
         ({"pairs": [["student", "student"]]}, "list of pairs"),
         ({"pairs": ["student", "nat"]}, "list of pairs"),
+        ({"pairs": None}, "list of pairs"),
+        ({"pairs": [[["student"], "nat"]]}, "list of pairs"),
     ):
         with pytest.raises(UserError, match=message):
             read_settings(recipe(**compare), NAMES)

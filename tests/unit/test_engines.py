@@ -166,6 +166,8 @@ def test_the_exported_student_translates_as_fairseq_does(tmp_path: Path) -> None
     assert engine.parameters == reference.parameters
     options = {"engine": "exported", "remove_repeats": True}
     assert translate_in_parts(student, data, options) == expected
+    with pytest.raises(UserError, match="re-scores with its teacher, or not at all"):
+        load_engine(student, data, {"engine": "exported", "rescore": "latent"})
     with pytest.raises(UserError, match="CPU only"):
         load_engine(student, data, {"engine": "exported"}, device="cuda")
 

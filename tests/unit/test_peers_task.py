@@ -109,9 +109,9 @@ def test_wrong_task_is_named() -> None:
     ("kinds", "options", "message"),
     [
         (["teacher"], {}, "--task translation "),
-        (["ctc_nat"], {"iter_decode_with_beam": 0}, "drop --iter-decode-with-beam"),
+        (["ctc_nat"], {"iter_decode_with_beam": 0}, "0 is impossible"),
         (["levenshtein_transformer"], {"iter_decode_with_beam": 4}, "drop --iter-decode-with-beam"),
-        (["fertility_nat"], {"iter_decode_with_beam": 0}, "drop --iter-decode-with-beam"),
+        (["fertility_nat"], {"iter_decode_with_beam": 0}, "0 is impossible"),
         (["fertility_nat"], {"iter_decode_max_iter": 4}, "one pass"),
         (["nonautoregressive_transformer"], {"iter_decode_max_iter": 4}, "one pass"),
         (["fertility_nat", "teacher"], {}, "mixes kinds"),

@@ -32,9 +32,13 @@ def random_frames(seed: int, batch: int = 3, frames: int = 5) -> Any:
     return scores - np.log(np.exp(scores).sum(-1, keepdims=True))
 
 
-def searched(scores: Any, frames: list[int], width: int) -> tuple[list[list[list[int]]], Any]:
-    words = np.broadcast_to(np.arange(1, VOCABULARY), scores[..., 1:].shape)
-    return likeliest_sentences(scores[..., 0], words, scores[..., 1:], np.array(frames), width)
+def searched(
+    scores: Any, frames: list[int], width: int, choices: int = VOCABULARY - 1
+) -> tuple[list[list[list[int]]], Any]:
+    """The search where each frame offers ``choices`` words, the likeliest first."""
+    words = np.argsort(-scores[..., 1:], axis=-1)[..., :choices] + 1
+    offered = np.take_along_axis(scores, words, -1)
+    return likeliest_sentences(scores[..., 0], words, offered, np.array(frames), width)
 
 
 def enumerated(scores: Any) -> list[tuple[tuple[int, ...], float]]:
@@ -67,6 +71,19 @@ def test_a_beam_of_a_few_finds_the_likeliest_and_no_sentence_twice() -> None:
     assert (np.diff(found, axis=1) <= 0).all()
     best = [enumerated(each)[0] for each in scores]
     assert sum(tuple(b[0]) == s for b, (s, _) in zip(sentences, best, strict=True)) >= 28
+
+
+def test_words_that_a_frame_does_not_offer_count_for_nothing() -> None:
+    scores = random_frames(7)
+    dropped = np.argsort(-scores[..., 1:], axis=-1)[..., -1:] + 1
+    without = scores.copy()
+    np.put_along_axis(without, dropped, -np.inf, -1)
+    sentences, found = searched(scores, [5, 5, 5], ALL, choices=VOCABULARY - 2)
+    for row in range(3):
+        expected = [(s, p) for s, p in enumerated(without[row]) if p > 0.0]
+        assert [tuple(each) for each in sentences[row][: len(expected)]] == [s for s, _ in expected]
+        logs = [math.log(probability) for _, probability in expected]
+        assert found[row, : len(expected)] == pytest.approx(logs)
 
 
 def ctc_nat(tiny: Any) -> tuple[CTCNAT, TranslationNATTask]:
@@ -131,7 +148,9 @@ def test_generates_the_likeliest_whatever_the_batch(tiny: Any) -> None:
     found = generator.generate([model], sample)
     sentences, scores = search_frames(model, encoded(model, sample), 5, 0.0)
     assert [each[0]["tokens"].tolist()[1:-1] for each in found] == [b[0] for b in sentences]
-    assert [float(each[0]["score"]) for each in found] == pytest.approx(scores[:, 0].tolist())
+    for (best,), total in zip(found, scores[:, 0].tolist(), strict=True):
+        assert float(best["positional_scores"].sum()) == pytest.approx(total, abs=1e-4)
+        assert float(best["score"]) == pytest.approx(total / len(best["tokens"]), abs=1e-4)
     plain = task.build_generator([model], SimpleNamespace()).generate([model], sample)
     assert any(
         not torch.equal(a[0]["tokens"], b[0]["tokens"]) for a, b in zip(found, plain, strict=True)
@@ -141,6 +160,29 @@ def test_generates_the_likeliest_whatever_the_batch(tiny: Any) -> None:
         one["src_lengths"] = sample["net_input"]["src_lengths"][row : row + 1]
         (alone,) = generator.generate([model], {"net_input": one})
         assert torch.equal(alone[0]["tokens"], found[row][0]["tokens"])
+
+
+def test_repeats_are_removed_before_a_teacher_judges(tiny: Any) -> None:
+    model, task = ctc_nat(tiny)
+    teacher = tiny_teacher(tiny.task(), layers=2).eval()
+    sample, arguments = batch_of(tiny, 40), SimpleNamespace(iter_decode_with_beam=4)
+    reranked = SimpleNamespace(iter_decode_with_beam=4, iter_decode_with_external_reranker=True)
+    for models, options in (([model], arguments), ([model, teacher], reranked)):
+        outputs = []
+        for task.cfg.remove_repeats in (False, True):
+            generator = task.build_generator(models, options)
+            found = generator.generate(models, sample)
+            outputs.append([each[0]["tokens"].tolist() for each in found])
+        doubled = [any(a == b for a, b in itertools.pairwise(each)) for each in outputs[0]]
+        assert any(doubled)
+        assert not any(a == b for each in outputs[1] for a, b in itertools.pairwise(each))
+
+
+def test_history_is_kept_where_it_is_asked_for(tiny: Any) -> None:
+    model, task = ctc_nat(tiny)
+    generator = generator_of(task, [model], 3, retain_iter_history=True)
+    for (best,) in generator.generate([model], batch_of(tiny)):
+        assert torch.equal(best["history"][0]["tokens"], best["tokens"])
 
 
 def test_penalty_on_the_blank_makes_sentences_longer(tiny: Any) -> None:
