@@ -7,11 +7,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 pytest.importorskip("onnx", reason="needs pip install 'fairseq_vqem[export]'")
 pytest.importorskip("onnxruntime", reason="needs pip install 'fairseq_vqem[export]'")
 
+from ctc_helpers import tiny_ctc_nat
 from export_helpers import (
     EOS,
     FIRST_WORD,
@@ -30,9 +30,6 @@ from fairseq_vqem.errors import UserError
 from fairseq_vqem.export import standalone
 from fairseq_vqem.export.command import decoding_options
 from fairseq_vqem.export.standalone import StandaloneError
-from fairseq_vqem.peers.config import CTCNATConfig
-from fairseq_vqem.peers.ctc_nat import CTCNAT
-from fairseq_vqem.tasks.translation_nat import TranslationNATConfig, TranslationNATTask
 
 
 @pytest.mark.parametrize("weights", ["float32", "int8"])
@@ -100,21 +97,13 @@ def ctc_translator(
     **options: Any,
 ) -> Any:
     """A random ``ctc_nat`` as ``Translator.from_checkpoint`` has it."""
-    dictionary = tiny.dictionary()
-    config = TranslationNATConfig(source_lang="en", target_lang="de")
-    task = TranslationNATTask(config, dictionary, dictionary)
-    torch.manual_seed(3)
-    sizes = dict(embed_dim=16, ffn_embed_dim=32, attention_heads=2)
-    sizes |= dict(encoder_layers=1, decoder_layers=2)
-    model: Any = CTCNAT.build_model(CTCNATConfig(**{**sizes, **options}), task)
-    for parameter in model.parameters():
-        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    model, task = tiny_ctc_nat(tiny, **options)
     generation = SimpleNamespace(
         iter_decode_eos_penalty=penalty,
         iter_decode_with_beam=beam,
         iter_decode_with_external_reranker=teacher,
     )
-    models = [model.eval()]
+    models: list[Any] = [model]
     if teacher:
         models.append(tiny_teacher(tiny.task(), layers=2, normalize_before=True))
     return SimpleNamespace(

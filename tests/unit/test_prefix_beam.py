@@ -10,16 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ctc_helpers import tiny_ctc_nat
 from teacher_helpers import tiny_teacher
 from torch.nn.functional import ctc_loss
 
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.export.standalone import likeliest_sentences
 from fairseq_vqem.peers import prefix_beam
-from fairseq_vqem.peers.config import CTCNATConfig
 from fairseq_vqem.peers.ctc_nat import CTCNAT
 from fairseq_vqem.peers.prefix_beam import PrefixBeamGenerator, search_frames
-from fairseq_vqem.tasks.translation_nat import TranslationNATConfig, TranslationNATTask
 
 BOS, PAD, EOS = 0, 1, 2
 VOCABULARY, ALL = 4, 400
@@ -86,19 +85,6 @@ def test_words_that_a_frame_does_not_offer_count_for_nothing() -> None:
         assert found[row, : len(expected)] == pytest.approx(logs)
 
 
-def ctc_nat(tiny: Any) -> tuple[CTCNAT, TranslationNATTask]:
-    dictionary = tiny.dictionary()
-    config = TranslationNATConfig(source_lang="en", target_lang="de")
-    task = TranslationNATTask(config, dictionary, dictionary)
-    torch.manual_seed(3)
-    sizes = dict(embed_dim=16, ffn_embed_dim=32, attention_heads=2)
-    sizes |= dict(encoder_layers=1, decoder_layers=2)
-    model = CTCNAT.build_model(CTCNATConfig(**sizes), task)
-    for parameter in model.parameters():
-        parameter.data.add_(0.1 * torch.randn_like(parameter))
-    return model.eval(), task
-
-
 def batch_of(tiny: Any, count: int = 12) -> dict[str, Any]:
     torch.manual_seed(5)
     rows = [torch.randint(4, 24, (1 + 2 * n % 9,)).tolist() for n in range(count)]
@@ -121,7 +107,7 @@ def encoded(model: CTCNAT, sample: dict[str, Any]) -> Any:
 @torch.no_grad()
 def test_scores_are_those_of_the_loss(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefix_beam, "SYMBOLS_PER_FRAME", 100)
-    model, _ = ctc_nat(tiny)
+    model, _ = tiny_ctc_nat(tiny)
     for parameter in model.decoder.layer_norm.parameters():
         parameter.mul_(5.0)  # a few paths have nearly all of the probability
     output = encoded(model, batch_of(tiny))
@@ -142,7 +128,7 @@ def test_scores_are_those_of_the_loss(tiny: Any, monkeypatch: pytest.MonkeyPatch
 
 
 def test_generates_the_likeliest_whatever_the_batch(tiny: Any) -> None:
-    model, task = ctc_nat(tiny)
+    model, task = tiny_ctc_nat(tiny)
     sample = batch_of(tiny)
     generator = generator_of(task, [model], 5)
     found = generator.generate([model], sample)
@@ -163,7 +149,7 @@ def test_generates_the_likeliest_whatever_the_batch(tiny: Any) -> None:
 
 
 def test_repeats_are_removed_before_a_teacher_judges(tiny: Any) -> None:
-    model, task = ctc_nat(tiny)
+    model, task = tiny_ctc_nat(tiny)
     teacher = tiny_teacher(tiny.task(), layers=2).eval()
     sample, arguments = batch_of(tiny, 40), SimpleNamespace(iter_decode_with_beam=4)
     reranked = SimpleNamespace(iter_decode_with_beam=4, iter_decode_with_external_reranker=True)
@@ -179,14 +165,14 @@ def test_repeats_are_removed_before_a_teacher_judges(tiny: Any) -> None:
 
 
 def test_history_is_kept_where_it_is_asked_for(tiny: Any) -> None:
-    model, task = ctc_nat(tiny)
+    model, task = tiny_ctc_nat(tiny)
     generator = generator_of(task, [model], 3, retain_iter_history=True)
     for (best,) in generator.generate([model], batch_of(tiny)):
         assert torch.equal(best["history"][0]["tokens"], best["tokens"])
 
 
 def test_penalty_on_the_blank_makes_sentences_longer(tiny: Any) -> None:
-    model, _ = ctc_nat(tiny)
+    model, _ = tiny_ctc_nat(tiny)
     output = encoded(model, batch_of(tiny))
     lengths = [
         sum(len(beams[0]) for beams in search_frames(model, output, 5, penalty)[0])
@@ -197,7 +183,7 @@ def test_penalty_on_the_blank_makes_sentences_longer(tiny: Any) -> None:
 
 @torch.no_grad()
 def test_the_teacher_chooses(tiny: Any) -> None:
-    model, task = ctc_nat(tiny)
+    model, task = tiny_ctc_nat(tiny)
     teacher = tiny_teacher(tiny.task(), layers=2).eval()
     sample = batch_of(tiny)
     reranked = dict(iter_decode_with_external_reranker=True)
@@ -224,7 +210,7 @@ def test_the_teacher_chooses(tiny: Any) -> None:
 
 
 def test_a_teacher_without_candidates_is_refused(tiny: Any) -> None:
-    model, task = ctc_nat(tiny)
+    model, task = tiny_ctc_nat(tiny)
     teacher = tiny_teacher(tiny.task(), layers=2).eval()
     with pytest.raises(UserError, match="add --iter-decode-with-beam 2 or more"):
         task.build_generator(
