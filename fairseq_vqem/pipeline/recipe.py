@@ -31,7 +31,8 @@ class Recipe:
         distill: options of ``fairseq-vqem distill``.
         latent_student: fairseq-train options of every student with latents.
         students: for each student by name, its fairseq-train options, and among them
-            ``distilled`` (true: distilled targets), ``from_teacher`` (true: ``--init-from``) and
+            ``distilled`` (true: distilled targets), ``from_teacher`` (true: ``--init-from``),
+            ``from_student`` (name of a student before it, whose model it goes on with) and
             ``generate`` (options of decoding).
         decode: fairseq-generate options of the teacher's beam search.
         variants: further ways to decode, by name: a ``student`` (or ``teacher``) and its generation

@@ -135,11 +135,23 @@ def train_student(run: Run, name: str) -> None:
     if options.pop("from_teacher", False):
         options["init_from"] = str(run.teacher)
         origin["teacher"] = file_sha256(run.teacher)
+    if start := options.pop("from_student", None):
+        options["finetune_from_model"] = str(_trained(run, name, start))
+        origin["student"] = file_sha256(run.student(start))
     if options.get("load_alignments"):
         align(run, data)
         origin["teacher"] = file_sha256(run.teacher)
     words, updates = train_words(run, data, options)
     train(run.out / name, words, name, updates, origin)
+
+
+def _trained(run: Run, name: str, start: str) -> Path:
+    """The checkpoint of the student ``start``, from which ``name`` goes on."""
+    if start not in run.recipe.students:
+        raise UserError(f"{name!r} goes on from {start!r}, which is no student")
+    if not run.student(start).is_file():
+        raise UserError(f"{name!r} goes on from {start!r}: put that student before it")
+    return run.student(start)
 
 
 def _origin(data: Path) -> dict[str, str]:
