@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 FORMAT = "fairseq_vqem-export"
-FORMAT_VERSION = 3  # 2 and 3 have options that programs for earlier ones do not know
+FORMAT_VERSION = 3  # 2 and 3 have options and graphs that programs for earlier ones do not know
 READABLE_VERSIONS = (1, 2, FORMAT_VERSION)
 MANIFEST = "manifest.json"
 STEP = "step"
@@ -220,13 +220,16 @@ class StandaloneTranslator:
             return self._read_frames({**encoded, "tokens": tensor(tokens)}, tokens)
         lengths = [len(source) for source in sources]
         search = LatentSearch(self.graphs[STEP], encoded, self.options, lengths, forced)
-        codes = search.run(self.options.candidates)
+        count = self.options.candidates
+        codes = search.run(count)
         read = {**encoded, "tokens": tensor(tokens)}
-        if self.options.candidates == 1:
+        if count == 1:
             return self._decode(read, codes)
-        owners = np.repeat(np.arange(len(sources)), self.options.candidates)
+        owners = np.repeat(np.arange(len(sources)), count)
         repeated = {name: tensor(read[name].numpy()[owners]) for name in DECODER_READS}
-        return self._best(read["tokens"], owners, self._decode(repeated, codes))
+        found = self._decode(repeated, codes)
+        grouped = [found[start : start + count] for start in range(0, len(found), count)]
+        return self._best(tokens, grouped)
 
     def _read_frames(self, source: Mapping[str, Any], tokens: NDArray[np.int64]) -> list[list[int]]:
         """The best sentence of a CTC model's frames, or the one that the teacher prefers."""
@@ -242,17 +245,13 @@ class StandaloneTranslator:
             frames.append(each)
         blanks, symbols, scores = frames
         sentences, _ = likeliest_sentences(blanks, symbols, scores, counts, self.options.frame_beam)
-        candidates = self.options.candidates
-        owners = np.repeat(np.arange(len(sentences)), candidates)
-        outputs = [
-            self._output(np.array(words, np.int64))
+        candidates = [
+            [self._output(np.array(words, np.int64)) for words in beams[: self.options.candidates]]
             for beams in sentences
-            for words in beams[:candidates]
         ]
-        if candidates == 1:
-            return outputs
-        read_by_teacher = tokens[:, 1:] if self.options.source_start else tokens
-        return self._best(tensor(read_by_teacher), owners, outputs)
+        if self.options.candidates == 1:
+            return [best for (best,) in candidates]
+        return self._best(tokens[:, 1:] if self.options.source_start else tokens, candidates)
 
     def _decode(self, source: Mapping[str, Any], codes: NDArray[np.int64]) -> list[list[int]]:
         """The words of each row of ``codes`` ``[R, L]``, -1 after the end."""
@@ -269,26 +268,47 @@ class StandaloneTranslator:
         return [self._output(row[:count]) for row, count in zip(words, counts, strict=True)]
 
     def _best(
-        self, tokens: Any, owners: NDArray[np.int64], candidates: Sequence[list[int]]
+        self, tokens: NDArray[np.int64], candidates: Sequence[Sequence[list[int]]]
     ) -> list[list[int]]:
-        """For each source the candidate that the teacher finds the likeliest, word by word."""
-        # many candidates are alike: each is scored once
-        pairs = zip(owners.tolist(), candidates, strict=True)
-        distinct = list(dict.fromkeys((owner, *ids) for owner, ids in pairs))
-        words = padded([ids for _, *ids in distinct])
-        rows = np.array([owner for owner, *_ in distinct])
-        size = max(1, MOST_SCORED_WORDS // words.shape[1])
-        parts = []
-        for start in range(0, len(rows), size):
-            part = slice(start, start + size)
-            feed = {"owners": tensor(rows[part]), "words": tensor(words[part]), "tokens": tokens}
-            parts.append(self.graphs[SCORE](feed)["scores"].numpy())
-        scores = np.concatenate(parts)
-        best: dict[int, int] = {}
-        for place, (owner, *_) in enumerate(distinct):
-            if owner not in best or scores[place] > scores[best[owner]]:
-                best[owner] = place
-        return [list(distinct[best[owner]][1:]) for owner in sorted(best)]
+        """For each source the candidate that the teacher finds the likeliest, word by word.
+
+        Args:
+            tokens: sources as the teacher reads them, ``[B, S]``.
+            candidates: of each source, the first of equally likely ones wins.
+        """
+        trees = [PrefixTree() for _ in candidates]
+        paths = [
+            [tree.add(ids) for ids in each] for tree, each in zip(trees, candidates, strict=True)
+        ]
+        best = []
+        for part in batches_of_trees([len(tree.words) for tree in trees]):
+            steps = self._score_trees(tokens[part], [trees[index] for index in part])
+            for index, scores in zip(part, steps, strict=True):
+                means = [scores[path].mean() for path in paths[index]]
+                best.append(list(candidates[index][int(np.argmax(means))]))
+        return best
+
+    def _score_trees(
+        self, tokens: NDArray[np.int64], trees: Sequence[PrefixTree]
+    ) -> list[NDArray[np.float32]]:
+        """Log-probabilities that the teacher gives to the steps of each tree."""
+        size = max(len(tree.words) for tree in trees)
+        visible = np.zeros((len(trees), size, size), bool)
+        for seen, tree in zip(visible, trees, strict=True):
+            tree.show_ancestors(seen)
+        steps = [
+            (row * size + node, word) for row, tree in enumerate(trees) for node, word in tree.steps
+        ]
+        feed = {
+            "tokens": tensor(tokens),
+            "words": tensor(padded([tree.words for tree in trees])),
+            "depths": tensor(padded([tree.depths for tree in trees])),
+            "visible": tensor(visible),
+            "steps": tensor(np.array(steps, np.int64)),
+        }
+        scores = self.graphs[SCORE](feed)["scores"].numpy()
+        ends = np.cumsum([len(tree.steps) for tree in trees])[:-1]
+        return list(np.split(scores, ends))
 
     def _output(self, words: NDArray[np.int64]) -> list[int]:
         """Words before the first end of sentence, then the end of sentence."""
@@ -310,6 +330,62 @@ class StandaloneTranslator:
                 )
             if not source:
                 raise StandaloneError(f"Source {number} lacks its end-of-sentence symbol.")
+
+
+class PrefixTree:
+    """The candidates of one source as a tree, in which beginnings that they share stand once.
+
+    Node 0 is the beginning of every candidate. A step leads from a node to the next word.
+
+    Attributes:
+        words: what the teacher reads at each node: the last word before it, at first the end of
+            sentence.
+        depths: how many words come before each node.
+        steps: numbers of the steps (node, word).
+    """
+
+    def __init__(self) -> None:
+        self.words, self.depths = [EOS], [0]
+        self.steps: dict[tuple[int, int], int] = {}
+        self._parents = [0]
+        self._nodes: dict[tuple[int, int], int] = {}
+
+    def add(self, ids: Sequence[int]) -> list[int]:
+        """Add a candidate, which ends in the end of sentence; returns the numbers of its steps."""
+        node, path = 0, []
+        for word in ids:
+            step = (node, word)
+            path.append(self.steps.setdefault(step, len(self.steps)))
+            if word == EOS:
+                break
+            if step not in self._nodes:
+                self._nodes[step] = len(self.words)
+                self.words.append(word)
+                self.depths.append(self.depths[node] + 1)
+                self._parents.append(node)
+            node = self._nodes[step]
+        return path
+
+    def show_ancestors(self, visible: NDArray[np.bool_]) -> None:
+        """Set ``visible`` ``[N, N]`` where a node (row) has another (column), or itself, before
+        it; N may be larger than the tree."""
+        for node, parent in enumerate(self._parents):
+            visible[node] = visible[parent]
+            visible[node, node] = True
+
+
+def batches_of_trees(sizes: Sequence[int]) -> Iterator[list[int]]:
+    """Yield places of consecutive trees with at most `MOST_SCORED_WORDS` nodes, padding included,
+    or of a single larger one."""
+    batch: list[int] = []
+    for place, _ in enumerate(sizes):
+        grown = [*batch, place]
+        if batch and len(grown) * max(sizes[each] for each in grown) > MOST_SCORED_WORDS:
+            yield batch
+            grown = [place]
+        batch = grown
+    if batch:
+        yield batch
 
 
 def graph_names(options: Options) -> list[str]:
@@ -381,6 +457,7 @@ class PrefixSearch:
         # Equal beginnings have equal keys; a beam without probability has one that nothing equals.
         self.dead_keys = np.broadcast_to(np.arange(-width, 0), (batch, width))
         self.keys = np.where(self.blank_ends == 0.0, 0, self.dead_keys)
+        self.shorter_keys = self.dead_keys - width  # of the beginnings without their last words
         self.history: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
 
     def advance(
@@ -389,38 +466,47 @@ class PrefixSearch:
         """Read a frame: ``blank`` ``[B]``, ``words`` and ``scores`` ``[B, M]``."""
         either = np.logaddexp(self.blank_ends, self.word_ends)
         again = words[:, None, :] == self.last[:, :, None]
-        repeat = np.where(again, scores[:, None, :], -np.inf).max(2)
-        blank_ends, word_ends = either + blank[:, None], self.word_ends + repeat
+        offered, place = again.any(2), again.argmax(2)
+        repeat = np.where(offered, scores[self.rows, place], -np.inf)
         # a word that follows itself needs a blank in between
         longer = scores[:, None, :] + np.where(again, self.blank_ends[..., None], either[..., None])
-        longer = longer.reshape(self.batch, -1)
-        keys = (self.keys[..., None] * PREFIX_KEY + words[:, None, :] + 1).reshape(self.batch, -1)
-        same = keys[:, :, None] == self.keys[:, None, :]
-        joined = np.where(same, longer[:, :, None], -np.inf).max(1)  # one at most
-        word_ends = np.logaddexp(word_ends, joined)
-        longer[same.any(2)] = -np.inf
-        self._keep_best(blank_ends, word_ends, longer, keys, words)
+        # what one beam becomes may be what another is already
+        same = self.keys[:, :, None] == self.shorter_keys[:, None, :]
+        shorter, joins = same.argmax(1), same.any(1) & offered
+        joined = np.where(joins, longer[self.rows, shorter, place], -np.inf)
+        row, beam = joins.nonzero()
+        longer[row, shorter[row, beam], place[row, beam]] = -np.inf
+        self._keep_best(
+            either + blank[:, None],
+            np.logaddexp(self.word_ends + repeat, joined),
+            longer.reshape(self.batch, -1),
+            words,
+        )
 
     def _keep_best(
         self,
         blank_ends: NDArray[np.float64],
         word_ends: NDArray[np.float64],
         longer: NDArray[np.float64],
-        keys: NDArray[np.int64],
         words: NDArray[np.int64],
     ) -> None:
         totals = np.concatenate([np.logaddexp(blank_ends, word_ends), longer], 1)
         best = np.argsort(-totals, axis=1, kind="stable")[:, : self.width]
+        kept = totals[self.rows, best]
         grown = best >= self.width
-        place = np.maximum(best - self.width, 0)
+        place = best - self.width  # of what has grown
         parents = np.where(grown, place // words.shape[1], best)
         newest = np.where(grown, words[self.rows, place % words.shape[1]], -1)
-        gained = longer[self.rows, place]
         self.blank_ends = np.where(grown, -np.inf, blank_ends[self.rows, parents])
-        self.word_ends = np.where(grown, gained, word_ends[self.rows, parents])
+        self.word_ends = np.where(grown, kept, word_ends[self.rows, parents])
         self.last = np.where(grown, newest, self.last[self.rows, parents])
-        kept = np.where(grown, keys[self.rows, place], self.keys[self.rows, parents])
-        self.keys = np.where(np.isinf(totals[self.rows, best]), self.dead_keys, kept)
+        keys, dead = self.keys[self.rows, parents], np.isinf(kept)
+        shorter = np.where(grown, keys, self.shorter_keys[self.rows, parents])
+        self.keys = np.where(grown, keys * PREFIX_KEY + newest + 1, keys)
+        if dead.any():
+            self.keys = np.where(dead, self.dead_keys, self.keys)
+            shorter = np.where(dead, self.dead_keys - self.width, shorter)
+        self.shorter_keys = shorter
         self.history.append((parents, newest))
 
     def sentences(self) -> tuple[list[list[list[int]]], NDArray[np.float64]]:
@@ -679,7 +765,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise StandaloneError(f"{path} is damaged; copy the folder again.") from error
     if checksum != manifest_checksum(manifest):
         raise StandaloneError(f"{path} is damaged; copy the folder again.")
-    if manifest.get("format") != FORMAT or manifest.get("version") not in READABLE_VERSIONS:
+    readable = manifest.get("version") in READABLE_VERSIONS
+    if manifest.get("version") == 2:  # where a teacher reads candidates one by one
+        readable = manifest["decoding"].get("candidates", 1) == 1
+    if manifest.get("format") != FORMAT or not readable:
         raise StandaloneError(
             f"{folder} has format {manifest.get('format')} {manifest.get('version')}, but this"
             f" program reads {FORMAT} up to {FORMAT_VERSION}; use the standalone.py in that"

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import onnx
 from fairseq.models.transformer import TransformerModelBase
-from onnx import TensorProto
 
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.export.encoder import encode_source, positions
@@ -27,7 +26,7 @@ PREFIX = "teacher."
 class TeacherGraph:
     """Builds the graph of an autoregressive ``teacher`` into ``weights``.
 
-    B sentences, S source tokens, R candidates, T words.
+    B sentences, S source tokens, N nodes of the tree of a sentence's candidates, E steps.
 
     Args:
         quantised: whether matrix products are computed in eight-bit integers.
@@ -52,45 +51,35 @@ class TeacherGraph:
         self.dimension = int(teacher.decoder.embed_tokens.embedding_dim)
 
     def score(self) -> onnx.ModelProto:
-        """Mean log-probability ``[R]`` of the words of each candidate.
+        """Log-probabilities ``scores`` ``[E]`` of the steps of trees of candidates.
 
-        ``tokens`` are the sources ``[B, S]``, ``words`` ``[R, T]`` end in the end of sentence and
-        padding, ``owners`` ``[R]`` tell whose candidates they are.
+        ``tokens`` are the sources ``[B, S]``. At the nodes of their trees stand ``words``
+        ``[B, N]``, preceded by ``depths`` ``[B, N]`` others, which are ``visible`` ``[B, N, N]``
+        to them. ``steps`` ``[E, 2]`` are a node, of all B·N, and the word that follows it.
         """
         graph, decoder = GraphBuilder("score", self.weights, self.quantised), self.teacher.decoder
-        tokens = graph.input("tokens", np.int64, ["B", "S"])
-        owners = graph.input("owners", np.int64, ["R"])
-        words = graph.input("words", np.int64, ["R", "T"])
-        length = graph.size(words, 1)
-        rows, source, bias = self.inputs(graph, tokens, owners, words)
-        square = graph.op("Expand", MASKED, graph.shape(length, length))
-        future = graph.op(
-            "Unsqueeze", graph.op("Trilu", square, np.int64(1), upper=1), np.array([0, 1])
-        )
-        future = graph.op("Expand", future, graph.shape(graph.size(owners, 0), 1, 1, 1))
+        steps = graph.input("steps", np.int64, ["E", 2])
+        rows, source, bias = self.inputs(graph)
+        visible = graph.input("visible", np.bool_, ["B", "N", "N"])
+        ancestors = graph.op("Where", visible, np.float32(0.0), MASKED)
+        ancestors = graph.op("Unsqueeze", ancestors, np.array([1]))
         for number, layer in enumerate(decoder.layers):
             part = TransformerLayer(graph, f"{PREFIX}decoder.{number}", layer)
-            rows = part.attend_to_itself(rows, future)
+            rows = part.attend_to_itself(rows, ancestors)
             rows = part.attend_to_source(rows, source[2 * number], source[2 * number + 1], bias)
             rows = part.feed_forward(rows)
         x = graph.norm(rows.x, f"{PREFIX}decoder.layer_norm", decoder.layer_norm)
         name, table = self.embeddings("target")
         scores = graph.op("LogSoftmax", graph.linear(x, name, table), axis=1)
-        flat = graph.reshape(words, -1, 1)
-        chosen = graph.reshape(graph.op("GatherElements", scores, flat, axis=1), rows.shape)
-        padding = graph.op("Equal", words, np.int64(self.teacher.decoder.padding_idx))
-        real = graph.op("Cast", graph.op("Not", padding), to=TensorProto.FLOAT)
-        each = np.array([1])
-        total = graph.op("ReduceSum", graph.op("Mul", chosen, real), each, keepdims=0)
-        count = graph.op("ReduceSum", real, each, keepdims=0)
-        graph.output("scores", graph.op("Div", total, count), np.float32, ["R"])
+        graph.output("scores", graph.op("GatherND", scores, steps), np.float32, ["E"])
         return graph.model()
 
-    def inputs(
-        self, graph: GraphBuilder, tokens: str, owners: str, words: str
-    ) -> tuple[Rows, list[str], str]:
+    def inputs(self, graph: GraphBuilder) -> tuple[Rows, list[str], str]:
         """Decoder inputs, keys and values of the source for each layer, and their bias."""
-        decoder, length = self.teacher.decoder, graph.size(words, 1)
+        decoder = self.teacher.decoder
+        tokens = graph.input("tokens", np.int64, ["B", "S"])
+        words = graph.input("words", np.int64, ["B", "N"])
+        depths = graph.input("depths", np.int64, ["B", "N"])
         states, bias = encode_source(
             *(graph, PREFIX, self.teacher.encoder, tokens, self.embeddings("source")),
             longest=self.max_source,
@@ -99,20 +88,15 @@ class TeacherGraph:
         weight, offset = stacked_projection(modules)
         both = graph.linear(states.x, f"{PREFIX}decoder.source", weight, offset)
         both = graph.reshape(both, states.shape, weight.size(0))
-        source = graph.split(graph.op("Gather", both, owners, axis=0), len(modules))
-        bias = for_queries(graph, graph.op("Gather", bias, owners, axis=0), length)
-        end = np.array([[self.teacher.decoder.dictionary.eos()]])
-        first = graph.op("Expand", end, graph.shape(graph.size(words, 0), 1))
-        before = graph.op("Slice", words, np.array([0]), np.array([-1]), np.array([1]))
         name, table = self.embeddings("decoder")
-        x = graph.embed(name, table, graph.op("Concat", first, before, axis=1))
-        x = graph.op("Mul", x, np.float32(decoder.embed_scale))
+        x = graph.op("Mul", graph.embed(name, table, words), np.float32(decoder.embed_scale))
         places = positions(
             graph, f"{PREFIX}positions.target", decoder.embed_positions, self.max_words
         )
-        x = graph.op("Add", x, graph.first(places, length))
+        x = graph.op("Add", x, graph.op("Gather", places, depths))
         rows = Rows(graph.reshape(x, -1, self.dimension), graph.op("Shape", words))
-        return rows, source, bias
+        source = graph.split(both, len(modules))
+        return rows, source, for_queries(graph, bias, graph.size(words, 1))
 
     def embeddings(self, side: str) -> tuple[str, Any]:
         """Name and values of the embeddings of ``source``, ``decoder`` or ``target`` (output)."""

@@ -202,6 +202,10 @@ def test_the_teacher_comes_along(workshop: Workshop, student: Path, teacher: Pat
     assert alone.output.split("\n")[:-1] == translator.translate(workshop.sources(count))
     with pytest.raises(StandaloneError, match=r"2 is impossible with .* 3 candidates"):
         StandaloneTranslator(out, latent_beam=2)
+    # its teacher read candidates one by one
+    change_manifest(out, lambda manifest: manifest.update(version=2))
+    with pytest.raises(StandaloneError, match="has format fairseq_vqem-export 2, but"):
+        StandaloneTranslator(out)
 
 
 def test_eight_bits(workshop: Workshop, student: Path, tmp_path: Path) -> None:
