@@ -1,6 +1,6 @@
 """Translate the lines of standard input: python examples/translate_exported.py EXPORTED < text
 
-EXPORTED is a folder that `fairseq-vqem export` has written. The standalone.py in it does the same
+EXPORTED is a folder that `fairseq-vqem export` has written. The standalone.pyz in it does the same
 where neither fairseq nor this plugin is installed.
 """
 

@@ -39,7 +39,7 @@ from fairseq_vqem.benchmark.tables import (
 from fairseq_vqem.benchmark.timing import Seconds, measure, speedup, summarise
 from fairseq_vqem.corpora.subwords import load_subwords
 from fairseq_vqem.errors import UserError
-from fairseq_vqem.export.standalone import Graph
+from fairseq_vqem.export.standalone.runtime import Graph
 
 GRAPH_TITLES = {"encode": "encoder", "step": "predictor", "decode": "decoder"}
 THROUGHPUT = "Sentences/s (batch)"

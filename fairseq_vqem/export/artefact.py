@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -14,19 +15,25 @@ from typing import Any
 import fairseq_vqem
 from fairseq_vqem.corpora.files import file_sha256
 from fairseq_vqem.errors import UserError
-from fairseq_vqem.export import standalone
 from fairseq_vqem.export.graphs import StudentGraphs, integer_probe
 from fairseq_vqem.export.onnx_graph import WEIGHTS_FILE, WeightFile
 from fairseq_vqem.export.parallel import CTCGraphs
+from fairseq_vqem.export.standalone import manifest
 from fairseq_vqem.export.teacher import TeacherGraph
 from fairseq_vqem.generation.api import Translator
 
-PROGRAM = "standalone.py"
+PROGRAM = "standalone.pyz"
+MAIN = """import sys
+
+from standalone.command import main
+
+sys.exit(main())
+"""
 DICTIONARIES = {"source": "dictionary.source.json", "target": "dictionary.target.json"}
 
 
 def write_artefact(
-    out: Path, translator: Translator, options: standalone.Options, weights: str
+    out: Path, translator: Translator, options: manifest.Options, weights: str
 ) -> None:
     """Write the folder ``out`` for the one student of ``translator``.
 
@@ -46,12 +53,20 @@ def write_artefact(
             text = json.dumps(list(dictionary.symbols), ensure_ascii=False)
             (folder / DICTIONARIES[side]).write_text(text, encoding="utf-8")
         shutil.copyfile(translator.subwords.path, folder / translator.subwords.file_name)
-        shutil.copyfile(str(standalone.__file__), folder / PROGRAM)
+        write_program(folder / PROGRAM)
         write_manifest(folder, translator, options, weights)
 
 
+def write_program(path: Path) -> None:
+    """The package ``standalone`` beside this module as one file that Python runs."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("__main__.py", MAIN)
+        for module in sorted(Path(str(manifest.__file__)).parent.glob("*.py")):
+            archive.writestr(f"standalone/{module.name}", module.read_text("utf-8"))
+
+
 def write_graphs(
-    folder: Path, translator: Translator, options: standalone.Options, quantised: bool
+    folder: Path, translator: Translator, options: manifest.Options, quantised: bool
 ) -> None:
     model, longest_source = translator.models[0], options.max_source_tokens
     with WeightFile(folder / WEIGHTS_FILE) as file:
@@ -65,21 +80,21 @@ def write_graphs(
             if options.codes
             else CTCGraphs(model, file, searched=options.frame_beam > 1, **shared)
         )
-        names = standalone.graph_names(options)
-        made = {name: getattr(graphs, name)() for name in names if name != standalone.SCORE}
-        if standalone.SCORE in names:
+        names = manifest.graph_names(options)
+        made = {name: getattr(graphs, name)() for name in names if name != manifest.SCORE}
+        if manifest.SCORE in names:
             teacher = TeacherGraph(
                 *(translator.models[-1], file, quantised, longest_source),
                 max_words=longest_output(model, options) + 1,
             )
-            made[standalone.SCORE] = teacher.score()
+            made[manifest.SCORE] = teacher.score()
         if quantised:
-            made[standalone.PROBE] = integer_probe(file)
+            made[manifest.PROBE] = integer_probe(file)
     for name, graph in made.items():
         (folder / f"{name}.onnx").write_bytes(graph.SerializeToString())
 
 
-def longest_output(model: Any, options: standalone.Options) -> int:
+def longest_output(model: Any, options: manifest.Options) -> int:
     """Most words that ``model`` can write."""
     if not options.codes:
         return options.max_source_tokens * int(model.scale)
@@ -89,12 +104,12 @@ def longest_output(model: Any, options: standalone.Options) -> int:
 
 
 def write_manifest(
-    folder: Path, translator: Translator, options: standalone.Options, weights: str
+    folder: Path, translator: Translator, options: manifest.Options, weights: str
 ) -> None:
     """Describe all files of ``folder``, which must be complete."""
-    manifest = {
-        "format": standalone.FORMAT,
-        "version": standalone.FORMAT_VERSION,
+    content = {
+        "format": manifest.FORMAT,
+        "version": manifest.FORMAT_VERSION,
         "made_by": f"fairseq_vqem {fairseq_vqem.__version__}",
         "weights": weights,
         "decoding": asdict(options),
@@ -102,9 +117,9 @@ def write_manifest(
         "subwords": {"kind": translator.subwords.kind, "file": translator.subwords.file_name},
         "parts": {path.name: file_sha256(path) for path in sorted(folder.iterdir())},
     }
-    manifest["checksum"] = standalone.manifest_checksum(manifest)
-    text = json.dumps(manifest, indent=2, ensure_ascii=False, sort_keys=True)
-    (folder / standalone.MANIFEST).write_text(text + "\n", encoding="utf-8")
+    content["checksum"] = manifest.manifest_checksum(content)
+    text = json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True)
+    (folder / manifest.MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
 @contextmanager

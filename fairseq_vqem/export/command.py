@@ -12,7 +12,7 @@ import torch
 from fairseq_vqem.errors import UserError, need_packages
 
 if TYPE_CHECKING:
-    from fairseq_vqem.export.standalone import Options
+    from fairseq_vqem.export.standalone.manifest import Options
     from fairseq_vqem.generation.api import Translator
 
 WEIGHTS = ("float32", "int8")
@@ -155,7 +155,7 @@ def decoding_options(translator: Translator) -> Options:
     Raises:
         UserError: it decodes in a way that cannot be exported.
     """
-    from fairseq_vqem.export.standalone import Options, StandaloneError
+    from fairseq_vqem.export.standalone.manifest import Options, StandaloneError
     from fairseq_vqem.generation.latent_generator import LatentGenerator
 
     generator = translator.generator
@@ -185,7 +185,7 @@ def decoding_options(translator: Translator) -> Options:
 
 def _ctc_options(translator: Translator) -> Options:
     """The options of a ``ctc_nat``, which has no latents."""
-    from fairseq_vqem.export.standalone import Options
+    from fairseq_vqem.export.standalone.manifest import Options
     from fairseq_vqem.peers.ctc_nat import CTCNAT
 
     model, generator = translator.models[0], translator.generator

@@ -9,7 +9,6 @@ import onnx
 import torch
 from onnx import TensorProto
 
-from fairseq_vqem.export import standalone
 from fairseq_vqem.export.encoder import positions
 from fairseq_vqem.export.layers import (
     ExpanderLayers,
@@ -21,6 +20,7 @@ from fairseq_vqem.export.layers import (
 )
 from fairseq_vqem.export.onnx_graph import GraphBuilder, WeightFile
 from fairseq_vqem.export.parallel import ParallelGraphs
+from fairseq_vqem.export.standalone.runtime import PROBE_SIZE, PROBE_WEIGHT
 from fairseq_vqem.models.vqem_transformer import VQEMTransformer
 from fairseq_vqem.modules.frames import PlannedFrames
 
@@ -194,9 +194,9 @@ class StudentGraphs(ParallelGraphs):
 def integer_probe(weights: WeightFile) -> onnx.ModelProto:
     """A graph that shows whether a processor's eight-bit products overflow."""
     graph = GraphBuilder("probe", weights, quantised=True)
-    size = standalone.PROBE_SIZE
+    size = PROBE_SIZE
     x = graph.input("x", np.uint8, ["R", size])
-    integers = np.full((size, size), standalone.PROBE_WEIGHT, np.int8)
+    integers = np.full((size, size), PROBE_WEIGHT, np.int8)
     values = np.ones(size, np.float32)
     product = graph.integer_product(x, "probe", integers, values, np.uint8(0))
     graph.output("y", product, np.float32, ["R", size])

@@ -21,7 +21,7 @@ from fairseq_vqem.export.layers import (
     stacked_projection,
 )
 from fairseq_vqem.export.onnx_graph import GraphBuilder, WeightFile
-from fairseq_vqem.export.standalone import SYMBOLS_PER_FRAME
+from fairseq_vqem.export.standalone.frames import SYMBOLS_PER_FRAME
 from fairseq_vqem.peers.ctc_nat import CTCNAT
 
 ARGMAX_BLOCK = 128

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fairseq_vqem.export.standalone import SYMBOLS_PER_FRAME, likeliest_sentences
+from fairseq_vqem.export.standalone.frames import SYMBOLS_PER_FRAME, likeliest_sentences
 from fairseq_vqem.generation.parts import in_parts, refuse_forced_words
 from fairseq_vqem.peers.ctc_nat import CTCNAT
 from fairseq_vqem.peers.generator import ParallelGenerator, without_repeats

@@ -22,13 +22,10 @@ from fairseq_vqem import Translator
 from fairseq_vqem.cli import main
 from fairseq_vqem.corpora.sample import load_sample
 from fairseq_vqem.export.command import export
-from fairseq_vqem.export.standalone import (
-    StandaloneError,
-    StandaloneTranslator,
-    manifest_checksum,
-)
+from fairseq_vqem.export.standalone import StandaloneError, StandaloneTranslator
+from fairseq_vqem.export.standalone.manifest import manifest_checksum
 
-# Runs a copy of standalone.py where some packages cannot be imported.
+# Runs a copy of standalone.pyz where some packages cannot be imported.
 WITHOUT = """
 import runpy, sys
 class Missing:
@@ -48,7 +45,7 @@ def export_words(made: Workshop, out: Path, *words: object, checkpoint: object =
 
 
 def standalone(program: Path, *words: object, stdin: str, missing: tuple[str, ...]) -> Outcome:
-    """Run a copy of standalone.py without the packages ``missing``."""
+    """Run a copy of standalone.pyz without the packages ``missing``."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT.format(missing=missing), str(program), *map(str, words)],
@@ -95,9 +92,9 @@ def test_text_is_that_of_the_translator(workshop: Workshop, artefact: Path) -> N
 
 
 def test_the_one_file_is_enough(workshop: Workshop, artefact: Path, tmp_path: Path) -> None:
-    program = tmp_path / "elsewhere" / "translate.py"
+    program = tmp_path / "elsewhere" / "translate.pyz"
     program.parent.mkdir()
-    shutil.copyfile(artefact / "standalone.py", program)
+    shutil.copyfile(artefact / "standalone.pyz", program)
     lines = workshop.sources(33)
     text = "".join(f"{line}\n" for line in lines)
     words = (artefact, "--threads", 1)
@@ -198,7 +195,7 @@ def test_the_teacher_comes_along(workshop: Workshop, student: Path, teacher: Pat
     found = [translator.target.pieces(ids) for ids in translator.translate_ids(sources)]
     assert {number: [pieces] for number, pieces in enumerate(found)} == outcome.hypotheses()
     lines = "".join(f"{line}\n" for line in workshop.sources(count))
-    alone = standalone(out / "standalone.py", out, stdin=lines, missing=PLUGIN)
+    alone = standalone(out / "standalone.pyz", out, stdin=lines, missing=PLUGIN)
     assert alone.output.split("\n")[:-1] == translator.translate(workshop.sources(count))
     with pytest.raises(StandaloneError, match=r"2 is impossible with .* 3 candidates"):
         StandaloneTranslator(out, latent_beam=2)

@@ -29,15 +29,11 @@ from export_helpers import (
 
 from fairseq_vqem.corpora.subwords import SubwordModel
 from fairseq_vqem.errors import UserError
-from fairseq_vqem.export import standalone
 from fairseq_vqem.export.artefact import write_artefact
 from fairseq_vqem.export.command import decoding_options
-from fairseq_vqem.export.standalone import (
-    Options,
-    StandaloneError,
-    StandaloneTranslator,
-    batches_by_length,
-)
+from fairseq_vqem.export.standalone import StandaloneError, StandaloneTranslator, runtime
+from fairseq_vqem.export.standalone.manifest import Options
+from fairseq_vqem.export.standalone.translator import batches_by_length
 from fairseq_vqem.generation import api
 from fairseq_vqem.generation.records import LatentSearchOptions
 
@@ -183,7 +179,7 @@ def test_inexact_integer_products_are_noticed(
 ) -> None:
     translator = translator_of(tiny, student_of(tiny), few_subwords, "greedy")
     exported(translator, tmp_path, "int8")
-    monkeypatch.setattr(standalone, "PROBE_WEIGHT", 126)  # as if sums were cut off
+    monkeypatch.setattr(runtime, "PROBE_WEIGHT", 126)  # as if sums were cut off
     with pytest.raises(StandaloneError, match="lacks VNNI"):
         StandaloneTranslator(tmp_path / "exported", 1)
 

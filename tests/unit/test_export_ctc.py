@@ -27,9 +27,8 @@ from teacher_helpers import tiny_teacher
 
 from fairseq_vqem.corpora.subwords import SubwordModel
 from fairseq_vqem.errors import UserError
-from fairseq_vqem.export import standalone
 from fairseq_vqem.export.command import decoding_options
-from fairseq_vqem.export.standalone import StandaloneError
+from fairseq_vqem.export.standalone import StandaloneError, candidates
 
 
 @pytest.mark.parametrize("weights", ["float32", "int8"])
@@ -163,7 +162,7 @@ def test_prefix_beam_search(
     longest = [FIRST_WORD] * (MAX_SOURCE - 2) + [EOS]
     assert_same(tiny, translator, [longest], ours.translate_ids([longest]))
     with monkeypatch.context() as fewer:
-        fewer.setattr(standalone, "MOST_SCORED_WORDS", 60)
+        fewer.setattr(candidates, "MOST_SCORED_WORDS", 60)
         assert ours.translate_ids(sources) == found
 
 

@@ -15,7 +15,7 @@ from teacher_helpers import tiny_teacher
 from torch.nn.functional import ctc_loss
 
 from fairseq_vqem.errors import UserError
-from fairseq_vqem.export.standalone import likeliest_sentences
+from fairseq_vqem.export.standalone.frames import likeliest_sentences
 from fairseq_vqem.peers import prefix_beam
 from fairseq_vqem.peers.ctc_nat import CTCNAT
 from fairseq_vqem.peers.prefix_beam import PrefixBeamGenerator, search_frames

@@ -7,8 +7,9 @@ import random
 import numpy as np
 import pytest
 
-from fairseq_vqem.export import standalone
-from fairseq_vqem.export.standalone import EOS, PrefixTree, batches_of_trees
+from fairseq_vqem.export.standalone import candidates
+from fairseq_vqem.export.standalone.candidates import PrefixTree, batches_of_trees
+from fairseq_vqem.export.standalone.text import EOS
 
 CANDIDATES = [[5, 6, 7, EOS], [5, 6, EOS], [5, 8, 7, EOS], [9, EOS], [EOS], [5, 6, 7, EOS]]
 
@@ -29,16 +30,14 @@ def test_beginnings_stand_once() -> None:
 def test_a_node_sees_the_words_before_it_and_nothing_else() -> None:
     draw = random.Random(3)
     tree = PrefixTree()
-    candidates = [
-        [*(draw.randrange(4, 7) for _ in range(draw.randint(0, 6))), EOS] for _ in range(30)
-    ]
-    paths = [tree.add(ids) for ids in candidates]
+    drawn = [[*(draw.randrange(4, 7) for _ in range(draw.randint(0, 6))), EOS] for _ in range(30)]
+    paths = [tree.add(ids) for ids in drawn]
     size = len(tree.words)
     visible = np.zeros((size + 2, size + 2), bool)
     tree.show_ancestors(visible)
     assert not visible[size:].any() and not visible[:, size:].any()
     nodes = [node for node, _ in tree.steps]
-    for ids, path in zip(candidates, paths, strict=True):
+    for ids, path in zip(drawn, paths, strict=True):
         for length, step in enumerate(path):
             seen = np.flatnonzero(visible[nodes[step]])
             ordered = sorted(seen, key=lambda node: tree.depths[node])
@@ -49,6 +48,6 @@ def test_a_node_sees_the_words_before_it_and_nothing_else() -> None:
 def test_batches_of_trees_hold_all_in_order_and_not_too_many(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(standalone, "MOST_SCORED_WORDS", 10)
+    monkeypatch.setattr(candidates, "MOST_SCORED_WORDS", 10)
     assert list(batches_of_trees([4, 3, 2, 12, 1, 5, 5])) == [[0, 1], [2], [3], [4, 5], [6]]
     assert list(batches_of_trees([])) == []

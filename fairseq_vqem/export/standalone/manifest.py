@@ -1,0 +1,150 @@
+"""What an artefact says of itself, and whether it is whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FORMAT = "fairseq_vqem-export"
+FORMAT_VERSION = 3  # 2 and 3 have options and graphs that programs for earlier ones do not know
+READABLE_VERSIONS = (1, 2, FORMAT_VERSION)
+MANIFEST = "manifest.json"
+STEP = "step"
+GRAPHS = ("encode", STEP, "decode")
+SCORE = "score"  # the teacher's graph, where candidates are re-scored
+PROBE = "probe"  # tells whether the processor multiplies integers exactly
+READ_CHUNK = 1 << 20
+
+
+class StandaloneError(Exception):
+    """The artefact, the installation or a sentence is unfit; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How an artefact decodes; written by the export, see its manifest.
+
+    Attributes:
+        latent_beam: code sequences kept per sentence; 1 is greedy.
+        marginal_end: end where that is likelier than all codes together, not only than the best.
+        fixed_length: the number of codes follows from the source length; no end is predicted.
+        max_ratio, max_offset: a hypothesis covers at most ``ratio·|x| + offset`` positions.
+        stop_code: a code that ends the hypothesis (the EOS/PAD latent), or None.
+        remove_repeats: collapse runs of one token.
+        positions_per_code: output positions that one code covers.
+        codes: size of the codebook; 0 for a CTC model without latents.
+        max_source_tokens, max_target_tokens: positions the model has.
+        collapse: words come from CTC frames: merge runs, then drop the blank, which is 0.
+        candidates: code sequences decoded, or sentences found by the frame beam, of which the
+            teacher chooses; 1 without a teacher.
+        source_start: sources begin with the beginning-of-sentence symbol.
+        frame_beam: sentences kept by the prefix beam search over CTC frames; 1 takes the words of
+            the best path.
+
+    Raises:
+        StandaloneError: the latent beam is not between the candidates and the number of codes.
+    """
+
+    latent_beam: int
+    marginal_end: bool
+    fixed_length: bool
+    max_ratio: float
+    max_offset: int
+    stop_code: int | None
+    remove_repeats: bool
+    positions_per_code: int
+    codes: int
+    max_source_tokens: int
+    max_target_tokens: int
+    collapse: bool = False
+    candidates: int = 1
+    source_start: bool = False
+    frame_beam: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.codes:
+            if self.latent_beam != 1:
+                raise StandaloneError("This model has no latents; leave out the latent beam.")
+        elif not self.candidates <= self.latent_beam <= self.codes:
+            raise StandaloneError(
+                f"A latent beam of {self.latent_beam} is impossible with {self.codes} codes and"
+                f" {self.candidates} candidates; choose {self.candidates} to {self.codes}."
+            )
+
+    def most_codes(self, source_tokens: int) -> int:
+        """Codes that a hypothesis for a source of so many tokens may have."""
+        if self.fixed_length:
+            longest = 2 * source_tokens
+        else:  # in float32, as the model computes it
+            wanted = np.ceil(np.float32(self.max_ratio) * np.float32(source_tokens))
+            longest = min(int(wanted) + self.max_offset, self.max_target_tokens)
+        return max(1, -(-longest // self.positions_per_code))
+
+    @property
+    def table_codes(self) -> int:
+        """Codes that the graphs' tables of positions are long enough for."""
+        longest = 2 * self.max_source_tokens if self.fixed_length else self.max_target_tokens
+        return -(-longest // self.positions_per_code)
+
+
+def graph_names(options: Options) -> list[str]:
+    """The graphs that an artefact consists of."""
+    names = [name for name in GRAPHS if options.codes or name != STEP]
+    return [*names, SCORE] if options.candidates > 1 else names
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return what the artefact says of itself, once every part has been found undamaged.
+
+    Raises:
+        StandaloneError: a part is missing or damaged, or the format is unknown.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise StandaloneError(
+            f"{folder} is no exported model (it has no {MANIFEST}); give the folder that"
+            " fairseq-vqem export has written."
+        )
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        checksum = manifest.pop("checksum")
+    except (ValueError, KeyError, AttributeError) as error:
+        raise StandaloneError(f"{path} is damaged; copy the folder again.") from error
+    if checksum != manifest_checksum(manifest):
+        raise StandaloneError(f"{path} is damaged; copy the folder again.")
+    readable = manifest.get("version") in READABLE_VERSIONS
+    if manifest.get("version") == 2:  # where a teacher reads candidates one by one
+        readable = manifest["decoding"].get("candidates", 1) == 1
+    if manifest.get("format") != FORMAT or not readable:
+        raise StandaloneError(
+            f"{folder} has format {manifest.get('format')} {manifest.get('version')}, but this"
+            f" program reads {FORMAT} up to {FORMAT_VERSION}; use the standalone.pyz in that"
+            " folder or export again."
+        )
+    for name, expected in manifest["parts"].items():
+        if not (folder / name).is_file():
+            raise StandaloneError(f"{folder} lacks {name}; copy the folder again.")
+        if file_sha256(folder / name) != expected:
+            raise StandaloneError(f"{folder / name} is damaged; copy the folder again.")
+    return manifest
+
+
+def manifest_checksum(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest without its own checksum."""
+    text = json.dumps(manifest, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(READ_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,75 @@
+"""ONNX Runtime: graphs, tensors, packages that may be missing."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .manifest import StandaloneError
+
+PROBE_SIZE, PROBE_WEIGHT, PROBE_VALUE = 64, 127, 255
+
+
+class Graph:
+    """One ONNX graph; tensors stay in the runtime's hands between graphs.
+
+    Raises:
+        StandaloneError: onnxruntime is missing or cannot read the graph.
+    """
+
+    def __init__(self, path: Path, threads: int | None) -> None:
+        runtime = needed("onnxruntime", "onnxruntime")
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = threads or 0
+        options.log_severity_level = 3
+        # the threads of one graph must not spin while another graph computes
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        try:
+            self._session = runtime.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # onnxruntime has many exceptions without a common class
+            raise StandaloneError(
+                f"onnxruntime {runtime.__version__} cannot load {path} ({error}); install the"
+                " version that the export was made with, or export again."
+            ) from error
+        self.inputs = {each.name: tuple(each.shape) for each in self._session.get_inputs()}
+        self._outputs = [each.name for each in self._session.get_outputs()]
+
+    def __call__(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Run on those of ``values`` that are inputs; returns the outputs by name."""
+        feed = {name: values[name] for name in self.inputs}
+        found = self._session.run_with_ort_values(self._outputs, feed)
+        return dict(zip(self._outputs, found, strict=True))
+
+
+def check_integer_products(probe: Graph) -> None:
+    """Raise StandaloneError where products of the largest integers overflow.
+
+    onnxruntime adds them in 16 bits on processors without VNNI, and silently cuts off the sums.
+    """
+    product = probe({"x": tensor(np.full((4, PROBE_SIZE), PROBE_VALUE, np.uint8))})["y"].numpy()
+    if not (product == PROBE_SIZE * PROBE_VALUE * PROBE_WEIGHT).all():
+        raise StandaloneError(
+            "This processor cannot multiply eight-bit integers exactly (it lacks VNNI); export"
+            " with --weights float32 for it."
+        )
+
+
+def tensor(array: NDArray[Any]) -> Any:
+    """``array`` as onnxruntime's tensor."""
+    runtime = needed("onnxruntime", "onnxruntime")
+    return runtime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+
+
+def needed(module: str, package: str) -> Any:
+    """Import ``module``, or raise StandaloneError naming the ``package`` to install."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise StandaloneError(f"{package} is not installed: pip install {package}") from error
