@@ -25,10 +25,13 @@ from fairseq_vqem.generation.api import Translator
 PROGRAM = "standalone.pyz"
 MAIN = """import sys
 
-from standalone.command import main
-
+try:
+    from standalone.command import main
+except ModuleNotFoundError as error:
+    sys.exit(f"standalone: error: {error.name} is not installed: pip install {error.name}")
 sys.exit(main())
 """
+EPOCH = (1980, 1, 1, 0, 0, 0)
 DICTIONARIES = {"source": "dictionary.source.json", "target": "dictionary.target.json"}
 
 
@@ -60,9 +63,12 @@ def write_artefact(
 def write_program(path: Path) -> None:
     """The package ``standalone`` beside this module as one file that Python runs."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("__main__.py", MAIN)
+        parts = {"__main__.py": MAIN}
         for module in sorted(Path(str(manifest.__file__)).parent.glob("*.py")):
-            archive.writestr(f"standalone/{module.name}", module.read_text("utf-8"))
+            parts[f"standalone/{module.name}"] = module.read_text("utf-8")
+        for name, text in parts.items():
+            # of one date, so that equal programs are equal files
+            archive.writestr(zipfile.ZipInfo(name, EPOCH), text, zipfile.ZIP_DEFLATED)
 
 
 def write_graphs(

@@ -54,8 +54,9 @@ class TeacherGraph:
         """Log-probabilities ``scores`` ``[E]`` of the steps of trees of candidates.
 
         ``tokens`` are the sources ``[B, S]``. At the nodes of their trees stand ``words``
-        ``[B, N]``, preceded by ``depths`` ``[B, N]`` others, which are ``visible`` ``[B, N, N]``
-        to them. ``steps`` ``[E, 2]`` are a node, of all B·N, and the word that follows it.
+        ``[B, N]``, preceded by ``depths`` ``[B, N]`` others; these and the word itself are
+        ``visible`` ``[B, N, N]`` to it. ``steps`` ``[E, 2]`` are a node, of all B·N, and the word
+        that follows it.
         """
         graph, decoder = GraphBuilder("score", self.weights, self.quantised), self.teacher.decoder
         steps = graph.input("steps", np.int64, ["E", 2])

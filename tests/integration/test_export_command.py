@@ -21,6 +21,7 @@ pytest.importorskip("onnxruntime", reason="needs pip install 'fairseq_vqem[expor
 from fairseq_vqem import Translator
 from fairseq_vqem.cli import main
 from fairseq_vqem.corpora.sample import load_sample
+from fairseq_vqem.export.artefact import write_program
 from fairseq_vqem.export.command import export
 from fairseq_vqem.export.standalone import StandaloneError, StandaloneTranslator
 from fairseq_vqem.export.standalone.manifest import manifest_checksum
@@ -31,7 +32,7 @@ import runpy, sys
 class Missing:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in {missing!r}:
-            raise ImportError("hidden: " + name)
+            raise ModuleNotFoundError("hidden: " + name, name=name)
 sys.meta_path.insert(0, Missing())
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -104,11 +105,31 @@ def test_the_one_file_is_enough(workshop: Workshop, artefact: Path, tmp_path: Pa
     unfinished = standalone(program, *words, stdin=text.rstrip("\n"), missing=PLUGIN)
     assert unfinished.output == outcome.output
     assert standalone(program, *words, stdin="", missing=PLUGIN).output == ""
-    for package in ("onnxruntime", "sentencepiece"):
+    for package in ("numpy", "onnxruntime", "sentencepiece"):
         failed = standalone(program, *words, stdin=text, missing=(*PLUGIN, package))
         assert failed.status == 1 and not failed.output
         assert f"{package} is not installed: pip install {package}" in failed.errors
         assert "Traceback" not in failed.errors
+
+
+def test_the_one_file_can_be_imported(workshop: Workshop, artefact: Path) -> None:
+    code = (
+        f"import sys; sys.path.insert(0, {str(artefact / 'standalone.pyz')!r});"
+        " from standalone import StandaloneTranslator;"
+        f" print(StandaloneTranslator({str(artefact)!r}, 1).translate(['Opens the dialog.'])[0])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/"
+    )
+    expected = StandaloneTranslator(artefact, 1).translate(["Opens the dialog."])
+    assert done.stdout.rstrip("\n") == expected[0]
+
+
+def test_equal_programs_are_equal_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_program(tmp_path / "one.pyz")
+    monkeypatch.setattr("time.time", lambda: 2e9)
+    write_program(tmp_path / "two.pyz")
+    assert (tmp_path / "one.pyz").read_bytes() == (tmp_path / "two.pyz").read_bytes()
 
 
 def test_example(workshop: Workshop, artefact: Path) -> None:
@@ -201,7 +222,7 @@ def test_the_teacher_comes_along(workshop: Workshop, student: Path, teacher: Pat
         StandaloneTranslator(out, latent_beam=2)
     # its teacher read candidates one by one
     change_manifest(out, lambda manifest: manifest.update(version=2))
-    with pytest.raises(StandaloneError, match="has format fairseq_vqem-export 2, but"):
+    with pytest.raises(StandaloneError, match=r"export 2, but .* of 2 those without a teacher"):
         StandaloneTranslator(out)
 
 

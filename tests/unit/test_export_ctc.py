@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("onnx", reason="needs pip install 'fairseq_vqem[export]'")
 pytest.importorskip("onnxruntime", reason="needs pip install 'fairseq_vqem[export]'")
@@ -29,6 +30,7 @@ from fairseq_vqem.corpora.subwords import SubwordModel
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.export.command import decoding_options
 from fairseq_vqem.export.standalone import StandaloneError, candidates
+from fairseq_vqem.export.standalone.translator import padded
 
 
 @pytest.mark.parametrize("weights", ["float32", "int8"])
@@ -74,6 +76,37 @@ def test_candidates_rescored_by_the_teacher(
     assert [ours.translate_ids([source])[0] for source in sources[:30]] == found[:30]
     int8 = exported(translator, tmp_path / "int8", "int8").translate_ids(sources)
     assert sum(a == b for a, b in zip(found, int8, strict=True)) > 100
+
+
+@torch.no_grad()
+def test_steps_have_the_teacher_s_probabilities(
+    tiny: Any, few_subwords: SubwordModel, tmp_path: Path
+) -> None:
+    """Trees of different sizes and sources of different lengths in one batch."""
+    translator = ctc_translator(tiny, few_subwords, 0.0, beam=2, teacher=True)
+    teacher, ours = translator.models[-1], exported(translator, tmp_path)
+    sources = [[5, 6, 7, 8, EOS], [9, EOS], [4, 4, EOS]]
+    outputs = [[[5, 6, EOS], [5, 7, 8, 9, EOS], [6, EOS]], [[EOS]], [[7, EOS], [EOS]]]
+    trees = [tree for each in outputs for tree in candidates.grow_trees(each)]
+    found = ours._score_trees(padded(sources), trees)
+    for source, each, tree, scores in zip(sources, outputs, trees, found, strict=True):
+        for ids, path in zip(each, tree.paths, strict=True):
+            read = torch.tensor([[EOS, *ids[:-1]]])
+            out = teacher(torch.tensor([source]), torch.tensor([len(source)]), read)
+            logs = teacher.get_normalized_probs(out, log_probs=True)[0]
+            expected = logs[torch.arange(len(ids)), ids]
+            assert scores[path] == pytest.approx(expected.numpy(), abs=1e-4)
+
+
+def test_the_first_of_equal_candidates_is_chosen(
+    tiny: Any, few_subwords: SubwordModel, tmp_path: Path
+) -> None:
+    translator = ctc_translator(tiny, few_subwords, 0.0, beam=2, teacher=True)
+    ours = exported(translator, tmp_path)
+    best = ours._best(padded([[5, EOS]]), [[[6, EOS], [7, EOS]]])[0]
+    other = [13 - best[0], EOS]
+    for each in ([best, other, best], [other, best]):
+        assert ours._best(padded([[5, EOS]]), [each]) == [best]
 
 
 def test_teachers_that_cannot_be_written(
@@ -163,6 +196,7 @@ def test_prefix_beam_search(
     assert_same(tiny, translator, [longest], ours.translate_ids([longest]))
     with monkeypatch.context() as fewer:
         fewer.setattr(candidates, "MOST_SCORED_WORDS", 60)
+        fewer.setattr(candidates, "MOST_NODES", 30)
         assert ours.translate_ids(sources) == found
 
 

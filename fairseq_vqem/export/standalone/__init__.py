@@ -6,10 +6,12 @@ or subword-nmt).
 
     python standalone.pyz MODEL < source.txt > translation.txt
 
-From Python, with ``standalone.pyz`` on the path, or with fairseq_vqem installed and its name before
-``standalone``: ``StandaloneTranslator("MODEL").translate(["A sentence."])``.
+From Python, ``sys.path.insert(0, "MODEL/standalone.pyz")`` and
 
-Imports are relative, since the package has two names.
+    from standalone import StandaloneTranslator     # or from fairseq_vqem.export.standalone
+    StandaloneTranslator("MODEL").translate(["A sentence."])
+
+Imports are relative, since the package has these two names.
 """
 
 from .manifest import StandaloneError

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from .text import EOS
 
+MOST_NODES = 1024  # of a tree: attention is between all of them
 MOST_SCORED_WORDS = 8192  # that the teacher reads at a time, padding included: its logits are large
 
 
@@ -22,17 +23,19 @@ class PrefixTree:
             sentence.
         depths: how many words come before each node.
         steps: numbers of the steps (node, word).
+        paths: numbers of the steps of each candidate.
     """
 
     def __init__(self) -> None:
         self.words, self.depths = [EOS], [0]
         self.steps: dict[tuple[int, int], int] = {}
+        self.paths: list[list[int]] = []
         self._parents = [0]
         self._nodes: dict[tuple[int, int], int] = {}
 
-    def add(self, ids: Sequence[int]) -> list[int]:
-        """Add a candidate, which ends in the end of sentence; returns the numbers of its steps."""
-        node, path = 0, []
+    def add(self, ids: Sequence[int]) -> None:
+        """Add a candidate, which ends in the end of sentence."""
+        node, path = 0, list[int]()
         for word in ids:
             step = (node, word)
             path.append(self.steps.setdefault(step, len(self.steps)))
@@ -44,7 +47,7 @@ class PrefixTree:
                 self.depths.append(self.depths[node] + 1)
                 self._parents.append(node)
             node = self._nodes[step]
-        return path
+        self.paths.append(path)
 
     def show_ancestors(self, visible: NDArray[np.bool_]) -> None:
         """Set ``visible`` ``[N, N]`` where a node (row) has another (column), or itself, before
@@ -52,6 +55,16 @@ class PrefixTree:
         for node, parent in enumerate(self._parents):
             visible[node] = visible[parent]
             visible[node, node] = True
+
+
+def grow_trees(candidates: Sequence[Sequence[int]]) -> list[PrefixTree]:
+    """The candidates of one source, in order, as one tree, or as several of `MOST_NODES`."""
+    trees = [PrefixTree()]
+    for ids in candidates:
+        if trees[-1].paths and len(trees[-1].words) + len(ids) > MOST_NODES:
+            trees.append(PrefixTree())
+        trees[-1].add(ids)
+    return trees
 
 
 def batches_of_trees(sizes: Sequence[int]) -> Iterator[list[int]]:

@@ -124,8 +124,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if manifest.get("format") != FORMAT or not readable:
         raise StandaloneError(
             f"{folder} has format {manifest.get('format')} {manifest.get('version')}, but this"
-            f" program reads {FORMAT} up to {FORMAT_VERSION}; use the standalone.pyz in that"
-            " folder or export again."
+            f" program reads {FORMAT} 1 to {FORMAT_VERSION}, of 2 those without a teacher; use the"
+            " standalone program in that folder or export again."
         )
     for name, expected in manifest["parts"].items():
         if not (folder / name).is_file():

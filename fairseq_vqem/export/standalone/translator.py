@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .candidates import PrefixTree, batches_of_trees
+from .candidates import PrefixTree, batches_of_trees, grow_trees
 from .frames import likeliest_sentences, path_words
 from .latent_search import LatentSearch
 from .manifest import PROBE, SCORE, STEP, Options, StandaloneError, graph_names, read_manifest
@@ -180,17 +180,22 @@ class StandaloneTranslator:
             tokens: sources as the teacher reads them, ``[B, S]``.
             candidates: of each source, the first of equally likely ones wins.
         """
-        trees = [PrefixTree() for _ in candidates]
-        paths = [
-            [tree.add(ids) for ids in each] for tree, each in zip(trees, candidates, strict=True)
-        ]
-        best = []
+        trees: list[PrefixTree] = []
+        owners: list[int] = []
+        scores: list[list[float]] = [[] for _ in candidates]
+        for owner, each in enumerate(candidates):
+            grown = grow_trees(each)
+            trees += grown
+            owners += [owner] * len(grown)
         for part in batches_of_trees([len(tree.words) for tree in trees]):
-            steps = self._score_trees(tokens[part], [trees[index] for index in part])
-            for index, scores in zip(part, steps, strict=True):
-                means = [scores[path].mean() for path in paths[index]]
-                best.append(list(candidates[index][int(np.argmax(means))]))
-        return best
+            steps = self._score_trees(
+                tokens[[owners[place] for place in part]], [trees[place] for place in part]
+            )
+            for place, found in zip(part, steps, strict=True):
+                scores[owners[place]] += [float(found[path].mean()) for path in trees[place].paths]
+        return [
+            list(each[int(np.argmax(own))]) for each, own in zip(candidates, scores, strict=True)
+        ]
 
     def _score_trees(
         self, tokens: NDArray[np.int64], trees: Sequence[PrefixTree]
