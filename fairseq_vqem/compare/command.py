@@ -85,10 +85,11 @@ def compare(run: stages.Run, settings: Settings) -> str:
     write_columns(run.out / HYPOTHESES, texts)
     page = run.out / "compare.html"
     tables = [table]
-    (run.out / "pairs.json").unlink(missing_ok=True)
+    pairs = run.out / "pairs.json"
     if settings.pairs:
-        sacrebleu = result["signature"]["sacrebleu"]
-        tables.append(write_pairs(run.out / "pairs.json", findings, sacrebleu))
+        tables.append(write_pairs(pairs, findings, result["signature"]["sacrebleu"]))
+    else:
+        pairs.unlink(missing_ok=True)  # of a recipe that had some
     write_page(page, tables, result, seconds, timings["source_tokens"], texts)
     text = "\n\n".join(render_table(each, result["signature"]) for each in tables)
     with replacing(run.out / "compare.md") as temporary:

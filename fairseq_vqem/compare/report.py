@@ -23,8 +23,6 @@ from fairseq_vqem.pipeline.stages import TEACHER, VQEM_TASK, Run, System
 
 DATA, P_VALUE, COMET = "Targets", "p", "COMET"
 THROUGHPUT, TRAINING, MEMORY = "Sentences/s (batch)", "Training (tokens/s)", "Training memory (MiB)"
-
-
 PAIR_COLUMNS = ("Against", "BLEU", "p (BLEU)", "chrF", "p (chrF)")
 
 

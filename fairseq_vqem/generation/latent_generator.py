@@ -15,7 +15,7 @@ from fairseq_vqem.generation.latent_search import search_latents
 from fairseq_vqem.generation.parts import in_parts, refuse_forced_words
 from fairseq_vqem.generation.records import LatentHypothesis, LatentSearchOptions
 from fairseq_vqem.models.vqem_transformer import VQEMTransformer
-from fairseq_vqem.modules.ctc import frame_mask, read_frames
+from fairseq_vqem.modules.ctc import frame_mask, read_frames, restrict
 
 COMPARED_CODES = 4096
 SHARED_CODES = 0.5
@@ -211,12 +211,13 @@ def read_words(
     Args:
         log_probabilities: ``[B, T, V]`` of what ``model`` makes of ``codes`` ``[B, L]``;
             overwritten.
-        blank_penalty: see `read_frames`; without CTC there is no blank.
+        blank_penalty: see `restrict`; without CTC there is no blank.
     """
     if model.planned_frames is not None:
         frames = frame_mask(encoder_out, model.planned_frames.scale)
         never = [model.pad, model.eos]
-        return read_frames(log_probabilities, frames, model.blank, never, blank_penalty)
+        allowed = restrict(log_probabilities, model.blank, never, blank_penalty)
+        return read_frames(allowed, frames, model.blank)
     log_probabilities[..., [model.pad, model.decoder.dictionary.bos()]] = float("-inf")
     scores, tokens = log_probabilities.max(-1)
     positions = codes.ge(0).repeat_interleave(model.multiple, dim=1)

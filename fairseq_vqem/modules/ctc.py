@@ -108,15 +108,15 @@ def frames_to_show(
 
 
 def read_frames(
-    log_probabilities: Tensor, frames: Tensor, blank: int, never: list[int], penalty: float = 0.0
+    log_probabilities: Tensor, frames: Tensor, blank: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The words of the most probable path of each sentence, as `collapse` returns them.
 
     Args:
+        log_probabilities: ``[B, T, V]``, see `restrict`.
         frames: ``[B, T]`` true at real frames, which come first.
-        others: see `restrict`.
     """
-    scores, path = restrict(log_probabilities, blank, never, penalty).max(-1)
+    scores, path = log_probabilities.max(-1)
     return collapse(path, scores, frames, blank)
 
 

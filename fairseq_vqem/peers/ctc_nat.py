@@ -18,9 +18,9 @@ from torch import Tensor
 
 from fairseq_vqem.modules.ctc import (
     CTCOutput,
-    collapse,
     glancing_pass,
     left_packed,
+    read_frames,
     restrict,
     upsample,
 )
@@ -79,8 +79,7 @@ class CTCNAT(PeerModel):
         ``--iter-decode-eos-penalty`` is taken from the blank's log-probability.
         """
         log_probabilities, frames = self.read(encoder_out, eos_penalty)
-        scores, path = log_probabilities.max(-1)
-        words, scores, counts = collapse(path, scores, frames, self.blank)
+        words, scores, counts = read_frames(log_probabilities, frames, self.blank)
         return self.hypotheses(decoder_out, words, scores, counts)
 
     def read(self, encoder_out: EncoderOut, penalty: float) -> tuple[Tensor, Tensor]:
