@@ -32,8 +32,6 @@ from fairseq_vqem.benchmark.signature import make_signature, write_result
 from fairseq_vqem.benchmark.splits import read_split
 from fairseq_vqem.corpora.subwords import load_subwords
 from fairseq_vqem.errors import UserError
-from fairseq_vqem.generation.latent_generator import LatentGenerator
-from fairseq_vqem.generation.records import LatentSearchOptions
 
 UNKNOWN = "\ufffd"
 
@@ -85,8 +83,8 @@ def posterior_codes(model: Any, sample: dict[str, Any]) -> torch.Tensor:
 
 
 def _predict(task: Any, model: Any, sample: dict[str, Any]) -> list[dict[str, Any]]:
-    search = LatentSearchOptions(marginal_end=True)
-    generator = LatentGenerator(task.target_dictionary, [model], search)
+    """Decoded as the checkpoint's own validation decodes."""
+    generator = task.build_generator([model], task.validation_arguments())
     return [hypotheses[0] for hypotheses in generator.generate([model], sample)]
 
 

@@ -120,7 +120,8 @@ def decode_variants(
         encoder_out = _encode(model, sample)
         search = search_options(task, model)
         codes = variant_codes(model, sample, encoder_out, search, tally)
-        generator = LatentGenerator(task.target_dictionary, [model], search)
+        penalty = task.validation_arguments().iter_decode_eos_penalty
+        generator = LatentGenerator(task.target_dictionary, [model], search, eos_penalty=penalty)
         for variant, each in codes.items():
             written = decode_words(generator, model, each, encoder_out)
             tokens[variant].update(zip(sample["id"].tolist(), written, strict=True))

@@ -30,6 +30,8 @@ class Scores:
     bleu_ci: float | None
     chrf: float
     chrf_ci: float | None
+    length_ratio: float
+    """Words of the system over words of the references, as BLEU counts them."""
     sentences: int
     signatures: dict[str, str]
     """Metric name to sacreBLEU signature."""
@@ -93,6 +95,7 @@ def score(
         bleu_ci=float(bleu_score._ci) if bootstrap > 1 else None,
         chrf=float(chrf_score.score),
         chrf_ci=float(chrf_score._ci) if bootstrap > 1 else None,
+        length_ratio=bleu_score.sys_len / max(1, bleu_score.ref_len),
         sentences=len(hypotheses),
         signatures={"BLEU": str(bleu.get_signature()), "chrF": str(chrf.get_signature())},
     )
@@ -186,6 +189,7 @@ def _run(arguments: argparse.Namespace) -> int:
     payload = asdict(scores)
     print(f"BLEU {_with_interval(scores.bleu, scores.bleu_ci)}  {scores.signatures['BLEU']}")
     print(f"chrF {_with_interval(scores.chrf, scores.chrf_ci)}  {scores.signatures['chrF']}")
+    print(f"length {scores.length_ratio:.3f} of the references'")
     if arguments.baseline:
         systems = {"baseline": list(read_lines(arguments.baseline)), "system": hypotheses}
         paired = paired_bootstrap(

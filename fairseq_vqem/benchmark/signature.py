@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import re
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ from fairseq_vqem.errors import UserError
 FAIRSEQ_DISTRIBUTIONS = ("fairseq", "ve-fairseq", "fairseq-fixed")
 LEADING_FOLDERS = re.compile(r"(?<![\w.~])(?:/[^/\s:=,'\"]+)+(?=/)")
 SIGNATURE_KEY = "signature"
+CHECKSUM_DIGITS = 12
+PACKAGE = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,16 @@ def git_state(directory: Path) -> tuple[str | None, bool | None]:
     if not commit:
         return None, None
     return commit, bool(_git(directory, "status", "--porcelain", "--untracked-files=no"))
+
+
+@cache
+def code_checksum(package: Path = PACKAGE) -> str:
+    """Changes when this package's code does, whether it is committed or not."""
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package)}\0".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:CHECKSUM_DIGITS]
 
 
 def portable_command(words: Sequence[str]) -> str:

@@ -15,7 +15,7 @@ from fairseq_vqem.benchmark.latency import (
     source_lengths,
     time_engines,
 )
-from fairseq_vqem.benchmark.signature import make_signature
+from fairseq_vqem.benchmark.signature import code_checksum, device_name, make_signature
 from fairseq_vqem.benchmark.throughput import time_batches
 from fairseq_vqem.compare.fairness import check_complete
 from fairseq_vqem.compare.settings import Settings
@@ -108,7 +108,7 @@ def _conditions(run: Run, systems: Mapping[str, System], settings: Settings) -> 
             "latency": run.recipe.latency,
             "throughput_sentences": settings.throughput_sentences,
             "throughput_repeats": settings.throughput_repeats,
-            "device": run.device,
+            "device": device_name(run.device),
             "threads": torch.get_num_threads(),
         }
     )
@@ -145,9 +145,14 @@ def file_name(system: str) -> str:
 
 
 def _identity(system: System) -> dict[str, Any]:
-    """Changes when the checkpoints or the options do."""
+    """Changes when the checkpoints, the options or the code do."""
     checksums = [file_sha256(Path(part)) for part in system.checkpoints.split(":")]
-    return {"checkpoints": checksums, "options": _plain(system.options), "task": system.task}
+    return {
+        "checkpoints": checksums,
+        "options": _plain(system.options),
+        "task": system.task,
+        "code": code_checksum(),
+    }
 
 
 def _plain(value: Any) -> Any:

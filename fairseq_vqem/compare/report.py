@@ -21,7 +21,7 @@ from fairseq_vqem.errors import UserError
 from fairseq_vqem.pipeline.report import training_summary
 from fairseq_vqem.pipeline.stages import TEACHER, VQEM_TASK, Run, System
 
-DATA, P_VALUE, COMET = "Targets", "p", "COMET"
+DATA, P_VALUE, LENGTH, COMET = "Targets", "p", "Length", "COMET"
 THROUGHPUT, TRAINING, MEMORY = "Sentences/s (batch)", "Training (tokens/s)", "Training memory (MiB)"
 PAIR_COLUMNS = ("Against", "BLEU", "p (BLEU)", "chrF", "p (chrF)")
 
@@ -65,7 +65,7 @@ def make_table(findings: Findings) -> tuple[ResultTable, dict[str, Any]]:
         _row(findings, name, scores[name], paired[name], training, comet.get(name))
         for name in findings.systems
     ]
-    columns = ["system", DATA, "bleu", P_VALUE, "chrf", *([COMET] if comet else [])]
+    columns = ["system", DATA, "bleu", P_VALUE, "chrf", LENGTH, *([COMET] if comet else [])]
     columns += ["latency_median_ms", "latency_p90_ms"]
     columns += [_speedup_heading(baseline) for baseline in settings.baselines]
     columns += [THROUGHPUT, "parameters", TRAINING, MEMORY]
@@ -132,7 +132,11 @@ def _row(
     seconds = findings.seconds(name)
     throughput = findings.throughput(name)
     cost = training[system.model]
-    extra: dict[str, float | str] = {DATA: system.data, P_VALUE: _p_value(paired.bleu_p)}
+    extra: dict[str, float | str] = {
+        DATA: system.data,
+        P_VALUE: _p_value(paired.bleu_p),
+        LENGTH: f"{scores.length_ratio:.3f}",
+    }
     if comet is not None:
         extra[COMET] = comet
     for baseline in findings.settings.baselines:

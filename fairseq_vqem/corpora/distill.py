@@ -74,7 +74,7 @@ def distill(teaching: Teaching, text: Path | None = None) -> DistillReport:
     _check(teaching)
     text = text or _decoded_text(teaching)
     _check_text(teaching, text)
-    _check_plan(teaching)
+    check_plan(teaching)
     pending = [n for n in range(teaching.shards) if not teaching.shard_file(n).is_file()]
     for done, shard in enumerate(translate_shards(teaching, pending), start=1):
         minutes = (time.monotonic() - started) / 60
@@ -144,8 +144,12 @@ def _check(teaching: Teaching) -> None:
             raise UserError(f"The teacher {path} does not exist; check the path.")
 
 
-def _check_plan(teaching: Teaching) -> None:
-    """Refuse to mix shards of two different distillations."""
+def check_plan(teaching: Teaching) -> None:
+    """Refuse to go on with a distillation by another teacher, of other data or with other options.
+
+    Raises:
+        UserError: ``teaching.out`` holds such a one.
+    """
     plan = {
         "teachers": [file_sha256(Path(path)) for path in teaching.teacher.split(":")],
         "data": data_checksum(teaching.data),

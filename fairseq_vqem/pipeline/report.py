@@ -16,6 +16,7 @@ from fairseq_vqem.benchmark.tables import (
     render_table,
     write_table,
 )
+from fairseq_vqem.corpora.distill import REPORT
 from fairseq_vqem.corpora.files import read_json, write_columns
 from fairseq_vqem.pipeline.stages import (
     TEACHER_GREEDY,
@@ -60,6 +61,7 @@ def write_report(run: Run) -> str:
     signature = make_signature(
         data=run.data, seed=run.recipe.seed, device=run.device, sacrebleu=metrics
     )
+    distilled = run.distilled / REPORT
     table = ResultTable(run.recipe.name, rows, COLUMNS)
     write_table(
         run.out / "result.json",
@@ -67,7 +69,7 @@ def write_report(run: Run) -> str:
         signature,
         paired_bootstrap_against_greedy_teacher=[asdict(each) for each in paired],
         training={name: training_summary(run.out / name) for name in ("teacher", *students)},
-        distillation=read_json(run.distilled / "distill-report.json"),
+        distillation=read_json(distilled) if distilled.is_file() else None,
         recipe=asdict(run.recipe),
     )
     texts = {"source": sources, "reference": references, **hypotheses}

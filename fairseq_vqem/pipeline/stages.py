@@ -14,15 +14,24 @@ from fairseq_vqem.benchmark.engines import check_engine, load_engine, translate_
 from fairseq_vqem.benchmark.scoring import read_generate_output
 from fairseq_vqem.benchmark.splits import languages
 from fairseq_vqem.corpora.binarise import data_checksum
-from fairseq_vqem.corpora.distill import REPORT
-from fairseq_vqem.corpora.files import file_sha256, read_lines, replacing, write_lines
+from fairseq_vqem.corpora.distill import REPORT, check_plan
+from fairseq_vqem.corpora.files import (
+    file_sha256,
+    read_json,
+    read_lines,
+    replacing,
+    write_json,
+    write_lines,
+)
 from fairseq_vqem.corpora.subwords import load_subwords
+from fairseq_vqem.corpora.teaching import Teaching
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.peers.alignments import alignment_prefix
 from fairseq_vqem.pipeline.recipe import Options, Recipe, flags
 from fairseq_vqem.pipeline.training import train
 
 USER_DIR = str(Path(__file__).parents[1])
+ALIGNED_BY = "alignments.json"
 TEACHER, VQEM_TASK = "teacher", "translation_vqem"
 TEACHER_GREEDY, TEACHER_BEAM = "teacher, greedy", "teacher, beam 4"
 BATCH_SIZE = 64
@@ -112,14 +121,27 @@ def train_teacher(run: Run) -> None:
 
 
 def distill(run: Run) -> None:
-    if (run.distilled / REPORT).is_file():
-        print("distillation: finished before")
+    """The teacher's translations as training targets, where a student learns from them.
+
+    Raises:
+        UserError: they are there already, but of another teacher or made with other options.
+    """
+    if not any(learns_from_teacher(student) for student in run.recipe.students.values()):
         return
     options = {"beam": 4, **run.recipe.distill, "device": run.device}
+    if (run.distilled / REPORT).is_file():
+        check_plan(Teaching(str(run.teacher), run.data, run.distilled, **options))
+        print("distillation: finished before")
+        return
     words = ["fairseq_vqem.cli", "distill", "--teacher", str(run.teacher)]
     words += ["--data", str(run.data), "--out", str(run.distilled)]
     words += ["--text", str(run.out / "corpus" / "raw")]
     run_command([*words, *flags(options)])
+
+
+def learns_from_teacher(student: Options) -> bool:
+    """Whether a student of a recipe learns from distilled targets."""
+    return bool(student.get("distilled", True))
 
 
 def train_student(run: Run, name: str) -> None:
@@ -130,7 +152,8 @@ def train_student(run: Run, name: str) -> None:
     if options["task"] == VQEM_TASK:
         # Validation decodes as the test does.
         options = {"criterion": "vqem_loss", **run.recipe.latent_student, **options, **decoding}
-    data = run.distilled if options.pop("distilled", True) else run.data
+    data = run.distilled if learns_from_teacher(options) else run.data
+    options.pop("distilled", None)
     origin = _origin(data)
     if options.pop("from_teacher", False):
         options["init_from"] = str(run.teacher)
@@ -161,10 +184,13 @@ def _origin(data: Path) -> dict[str, str]:
 def align(run: Run, data: Path) -> None:
     """Word alignments from the teacher's attention, beside the data that asks for them."""
     # valid is the last split
-    if Path(f"{alignment_prefix(data, 'valid', *languages(run.data))}.idx").is_file():
+    found = Path(f"{alignment_prefix(data, 'valid', *languages(run.data))}.idx").is_file()
+    record, teacher = data / ALIGNED_BY, {"teacher": file_sha256(run.teacher)}
+    if found and record.is_file() and read_json(record) == teacher:
         return
     words = ["fairseq_vqem.cli", "align", "--teacher", str(run.teacher), "--data", str(data)]
     run_command([*words, "--device", run.device])
+    write_json(record, teacher)
 
 
 def check_engines(run: Run) -> None:
@@ -196,7 +222,7 @@ def _system(run: Run, model: str, options: Options) -> System:
     checkpoints = str(run.student(model))
     if options.get("rescore") == "teacher" or options.get("iter_decode_with_external_reranker"):
         checkpoints += f":{run.teacher}"
-    data = "distilled" if student.get("distilled", True) else "raw"
+    data = "distilled" if learns_from_teacher(student) else "raw"
     return System(checkpoints, student.get("task", VQEM_TASK), dict(options), data, model)
 
 

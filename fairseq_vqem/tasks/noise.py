@@ -14,11 +14,12 @@ def drop_words(tokens: Tensor, rate: float, unknown: int, pad: int, eos: int) ->
     return tokens.masked_fill(drawn & tokens.ne(pad) & tokens.ne(eos), unknown)
 
 
-def shuffle_words(tokens: Tensor, rate: float, distance: int, pad: int, eos: int) -> Tensor:
-    """Shuffle a share ``rate`` of the sentences; a word moves at most ``distance`` places.
+def shuffle_words(tokens: Tensor, rate: float, distance: float, pad: int, eos: int) -> Tensor:
+    """Shuffle a share ``rate`` of the sentences.
 
-    Positions plus uniform noise in [0, distance+1) are sorted (Lample et al., 2018); EOS and
-    padding stay where they are.
+    Positions plus uniform noise in [0, distance+1) are sorted (Lample et al., 2018, with distance
+    3), so a word moves at most ``distance`` places, rounded up; EOS and padding stay where they
+    are. The paper's "shuffle rate of 0.5" is its authors' code's distance, in every sentence.
     """
     if not rate:
         return tokens

@@ -45,8 +45,10 @@ class TranslationVQEMConfig(TranslationConfig):
     latent_max_offset: int = option(16, "… plus this many tokens")
     remove_repeats: bool = option(False, "collapse runs of one token in the output")
     word_dropout: float = option(0.0, "share of words hidden from the target encoder (paper: 0.3)")
-    word_shuffle: float = option(0.0, "share of sentences whose words are shuffled (paper: 0.5)")
-    shuffle_distance: int = option(3, "how far a shuffled word may move")
+    word_shuffle: float = option(0.0, "share of sentences whose words are shuffled (paper: all)")
+    shuffle_distance: float = option(
+        3.0, "places get noise in [0, this + 1) and are sorted (paper's shuffle rate: 0.5)"
+    )
     eval_latent_bleu: bool = option(
         False, "validation BLEU from predicted codes and from the posterior's codes (Figure 3)"
     )
@@ -165,9 +167,13 @@ class TranslationVQEMTask(LearnsCodebook, TranslationTask):
                 )
         return loss, sample_size, log
 
+    def validation_arguments(self) -> Namespace:
+        """Generation options of validation, such as what is taken from the blank of CTC."""
+        return Namespace(**{"iter_decode_eos_penalty": 0.0, **json.loads(self.cfg.eval_bleu_args)})
+
     def predicted(self, sample: dict[str, Any], model: Any) -> list[Tensor]:
         """Greedy translations from the latent predictor's codes."""
-        generator = self.build_generator([model], Namespace(**json.loads(self.cfg.eval_bleu_args)))
+        generator = self.build_generator([model], self.validation_arguments())
         return [hypotheses[0]["tokens"] for hypotheses in generator.generate([model], sample)]
 
     def posterior(self, sample: dict[str, Any], model: VQEMTransformer) -> list[Tensor]:
@@ -176,7 +182,7 @@ class TranslationVQEMTask(LearnsCodebook, TranslationTask):
         src_lengths = sample["net_input"]["src_lengths"]
         encoder_out = model.encoder(src_tokens, src_lengths=src_lengths)
         codes = model.posterior_codes(sample["target"], src_lengths, encoder_out)
-        penalty = json.loads(self.cfg.eval_bleu_args).get("iter_decode_eos_penalty", 0.0)
+        penalty = self.validation_arguments().iter_decode_eos_penalty
         log_probabilities = torch.log_softmax(model.decode_codes(codes, encoder_out).float(), -1)
         tokens, _, lengths = read_words(model, log_probabilities, codes, encoder_out, penalty)
         return [row[:n] for row, n in zip(tokens, lengths.tolist(), strict=True)]

@@ -48,6 +48,17 @@ def test_shuffle_moves_words_a_little() -> None:
         )  # 0.25 by theory at distance 1
 
 
+def test_the_papers_shuffle_exchanges_neighbours_now_and_then() -> None:
+    torch.manual_seed(0)
+    tokens = sentences()
+    noised = shuffle_words(tokens, 1.0, 0.5, PAD, EOS)
+    fixed = tokens.eq(PAD) | tokens.eq(EOS)
+    moves = (noised - 4 - torch.arange(60)).abs()[~fixed]
+    assert moves.max() == 1
+    # a pair changes places where the noises of [0, 1.5) differ by over 1: in 1 of 18 cases
+    assert abs(moves.gt(0).float().mean() - 1 / 9) < 0.01
+
+
 def test_share_of_shuffled_sentences() -> None:
     torch.manual_seed(0)
     tokens = sentences()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fairseq_vqem.corpora import distill as distill_module
 from fairseq_vqem.corpora.files import file_sha256
+from fairseq_vqem.corpora.teaching import Teaching
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.pipeline import stages
 from fairseq_vqem.pipeline.recipe import Recipe
@@ -55,3 +58,57 @@ def test_a_student_that_is_not_there_is_named(
     with pytest.raises(UserError, match=f"'longer' goes on from '{start}'.*{message}"):
         stages.train_student(run, "longer")
     assert not trained
+
+
+@pytest.fixture
+def commands(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The commands that stages were to run, by their first word after the program."""
+    found: list[str] = []
+    monkeypatch.setattr(stages, "languages", lambda data: ("en", "de"))
+    monkeypatch.setattr(stages, "run_command", lambda words: found.append(words[1]))
+    monkeypatch.setattr(distill_module, "data_checksum", lambda data: "abc")
+    return found
+
+
+def with_teacher(run: stages.Run, content: bytes) -> None:
+    run.teacher.parent.mkdir(exist_ok=True)
+    run.teacher.write_bytes(content)
+
+
+def test_translations_of_another_teacher_are_refused(tmp_path: Path, commands: list[str]) -> None:
+    run = run_of(tmp_path)
+    with_teacher(run, b"a model")
+    distill_module.check_plan(Teaching(str(run.teacher), run.data, run.distilled))  # records it
+    (run.distilled / distill_module.REPORT).write_text("{}")
+    stages.distill(run)
+    with_teacher(run, b"another model")
+    with pytest.raises(UserError, match="holds a distillation with other teachers"):
+        stages.distill(run)
+    with_teacher(run, b"a model")
+    longer = replace(run, recipe=replace(run.recipe, distill={"lenpen": 2}))
+    with pytest.raises(UserError, match="holds a distillation with other lenpen"):
+        stages.distill(longer)
+    assert not commands
+
+
+@pytest.mark.parametrize(("distilled", "made"), [(True, ["distill"]), (False, [])])
+def test_nothing_is_distilled_for_nobody(
+    tmp_path: Path, commands: list[str], distilled: bool, made: list[str]
+) -> None:
+    run = stages.Run(
+        Recipe("x", {}, {}, {}, {"only": {**NAT, "distilled": distilled}}), tmp_path, "cpu"
+    )
+    stages.distill(run)
+    assert commands == made
+
+
+def test_another_teacher_aligns_anew(tmp_path: Path, commands: list[str]) -> None:
+    run = run_of(tmp_path)
+    with_teacher(run, b"a model")
+    (tmp_path / "valid.align.en-de.idx").write_bytes(b"")
+    stages.align(run, tmp_path)
+    stages.align(run, tmp_path)
+    assert commands == ["align"]
+    with_teacher(run, b"another model")
+    stages.align(run, tmp_path)
+    assert commands == ["align", "align"]

@@ -119,6 +119,12 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert printed.startswith(f"BLEU {result['bleu']:.2f} ± ") and "p(BLEU)" in printed
 
 
+def test_length_ratio() -> None:
+    assert score(["a b c"], ["a b c d"], bootstrap=0).length_ratio == 0.75
+    assert score(["a b", "c d e ."], ["a", "b c ."], bootstrap=0).length_ratio == 1.5
+    assert score([""], ["a"], bootstrap=0).length_ratio == 0.0
+
+
 def test_resamples_without_any_match_have_an_interval_too() -> None:
     scores = score(["qq", "qq", "abc"], ["aaa", "bbb", "abc"], bootstrap=50)
     assert 0 < scores.chrf < 100 and scores.chrf_ci and scores.chrf_ci > 0

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fairseq_vqem.benchmark.signature import (
+    code_checksum,
     git_state,
     make_signature,
     portable_command,
@@ -93,3 +94,18 @@ def test_unsigned_missing_or_damaged_results_are_user_errors(tmp_path: Path) -> 
     for name in ("damaged.json", "missing.json"):
         with pytest.raises(UserError, match=name):
             read_result(tmp_path / name)
+
+
+def test_code_checksum_sees_every_module_and_nothing_else(tmp_path: Path) -> None:
+    def folder(name: str, **texts: str) -> Path:
+        for file, text in texts.items():
+            path = tmp_path / name / file.replace("_", "/", 1)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.with_suffix(".md" if file == "readme" else ".py").write_text(text)
+        return tmp_path / name
+
+    first = code_checksum(folder("first", a="1", sub_b="2"))
+    assert code_checksum(folder("same", a="1", sub_b="2", readme="text")) == first
+    assert code_checksum(folder("changed", a="1", sub_b="3")) != first
+    assert code_checksum(folder("moved", a="1", b="2")) != first
+    assert len(code_checksum()) == len(first)
