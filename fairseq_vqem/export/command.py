@@ -49,6 +49,9 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("--latent-beam", type=int, help="beam of the latent search; 1 is greedy")
     parser.add_argument(
+        "--latent-length-reward", type=float, help="added to a beam's log-probability for each code"
+    )
+    parser.add_argument(
         "--latent-candidates", type=int, help="code sequences decoded, for --teacher to choose from"
     )
     parser.add_argument(
@@ -76,8 +79,8 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def _run(arguments: argparse.Namespace) -> int:
     decoding = (
-        *("latent_beam", "latent_candidates", "latent_end", "latent_max_ratio"),
-        *("latent_max_offset", "stop_at_pad_latent", "remove_repeats"),
+        *("latent_beam", "latent_candidates", "latent_length_reward", "latent_end"),
+        *("latent_max_ratio", "latent_max_offset", "stop_at_pad_latent", "remove_repeats"),
     )
     given = {name: getattr(arguments, name) for name in decoding}
     overrides = {name: value for name, value in given.items() if value is not None}
@@ -178,6 +181,7 @@ def decoding_options(translator: Translator) -> Options:
             max_target_tokens=student.cfg.max_target_positions,
             candidates=search.candidates if generator.rescore == "teacher" else 1,
             collapse=student.planned_frames is not None,
+            length_reward=search.length_reward,
         )
     except StandaloneError as error:
         raise UserError(str(error)) from error

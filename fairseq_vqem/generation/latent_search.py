@@ -66,6 +66,8 @@ class _Beams:
         self.finished = torch.zeros_like(rows, dtype=torch.bool)
         self.lengths = torch.zeros_like(rows)
         self.scores = torch.zeros(rows.numel(), device=rows.device)
+        self.reward = options.length_reward / self.dictionary.digits
+        self.written = torch.zeros_like(self.scores)  # symbols of codes
         if width > 1 and not options.temperature:
             # all beams start equal: only the first one may be extended at the first step
             self.scores.view(self.batch, width)[:, 1:] = IMPOSSIBLE
@@ -104,6 +106,7 @@ class _Beams:
         self.reorder(parents)
         self.scores = self.scores + gains
         self.lengths = self.lengths + (~self.finished).long()
+        self.written = self.written + symbols.ge(self.dictionary.offset)
         self.tokens = torch.cat([self.tokens, symbols.unsqueeze(1)], 1)
         ended = symbols.eq(end)
         if self.options.stop_code is not None and step % self.dictionary.digits == 0:
@@ -140,7 +143,9 @@ class _Beams:
         keep = torch.full_like(scores, IMPOSSIBLE)
         keep[:, self.dictionary.pad()] = 0.0
         scores = torch.where(self.finished.unsqueeze(1), keep, scores)
-        totals = (self.scores.unsqueeze(1) + scores).view(self.batch, -1)
+        totals = (self.scores + self.reward * self.written).unsqueeze(1) + scores
+        totals[:, self.dictionary.offset :] += self.reward
+        totals = totals.view(self.batch, -1)
         _, best = totals.topk(self.width, dim=1)
         first = torch.arange(self.batch, device=best.device).unsqueeze(1) * self.width
         parents = (first + best // scores.size(1)).reshape(-1)
@@ -152,11 +157,15 @@ class _Beams:
             return
         self.tokens, self.scores = self.tokens[parents], self.scores[parents]
         self.finished, self.lengths = self.finished[parents], self.lengths[parents]
+        self.written = self.written[parents]
         for predictor in self.predictors:
             predictor.reorder(parents)
 
     def hypotheses(self, candidates: int) -> LatentHypothesis:
-        """The best ``candidates`` beams by log-probability per symbol, end symbols removed."""
+        """The best ``candidates`` beams, end symbols removed.
+
+        They are compared by log-probability per symbol, or by the rewarded sum.
+        """
         shape = (self.batch, self.width)
         symbols = self.tokens[:, 1:]
         missing = -symbols.size(1) % self.dictionary.digits
@@ -164,6 +173,9 @@ class _Beams:
         if self.options.stop_code is not None:
             codes = torch.where(codes == self.options.stop_code, -1, codes)
         scores, lengths = self.scores.view(shape), self.lengths.view(shape)
-        order = (scores / lengths.clamp(min=1)).argsort(1, descending=True)[:, :candidates]
+        value = scores / lengths.clamp(min=1)
+        if self.reward:
+            value = scores + self.reward * self.written.view(shape)
+        order = value.argsort(1, descending=True)[:, :candidates]
         picked = codes.view(*shape, -1).gather(1, order.unsqueeze(-1).expand(-1, -1, codes.size(1)))
         return LatentHypothesis(picked, scores.gather(1, order), lengths.gather(1, order))

@@ -20,6 +20,9 @@ class LatentSearchOptions:
             competes with single codes, among which the rest of the probability is spread, and
             hypotheses come out too short.
         stop_code: a code that ends the hypothesis (the EOS/PAD latent), or None.
+        length_reward: added to a hypothesis' log-probability for each of its codes where beams
+            are compared, without which the sum favours short ones. With 0 whole hypotheses are
+            compared by their mean log-probability.
     """
 
     beam: int = 1
@@ -29,6 +32,7 @@ class LatentSearchOptions:
     max_offset: int = 16
     marginal_end: bool = False
     stop_code: int | None = None
+    length_reward: float = 0.0
 
 
 @dataclass(frozen=True)

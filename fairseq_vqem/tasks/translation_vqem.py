@@ -35,6 +35,9 @@ class TranslationVQEMConfig(TranslationConfig):
     latent_end: ChoiceEnum(("marginal", "joint")) = option(  # type: ignore[valid-type]
         "marginal", "end where that is likelier than all codes together, or than the best one"
     )
+    latent_length_reward: float = option(
+        0.0, "of a beam: added to the log-probability for each code, against short outputs"
+    )
     rescore: ChoiceEnum(RESCORES) = option(  # type: ignore[valid-type]
         "none", "which candidate wins: latent search's first, best joint score, teacher's best"
     )
@@ -132,6 +135,13 @@ class TranslationVQEMTask(LearnsCodebook, TranslationTask):
         candidates = max(self.cfg.latent_candidates, getattr(args, "iter_decode_with_beam", 1))
         if self.cfg.latent_beam < 1 or self.cfg.latent_candidates < 1:
             raise UserError("--latent-beam and --latent-candidates must be at least 1")
+        if self.cfg.latent_length_reward and (
+            max(self.cfg.latent_beam, candidates) == 1 or self.cfg.latent_temperature
+        ):
+            raise UserError(
+                "--latent-length-reward chooses among the hypotheses of a beam: give --latent-beam"
+                " 2 or more, and no --latent-temperature"
+            )
         search = LatentSearchOptions(
             beam=self.cfg.latent_beam,
             candidates=candidates,
@@ -140,6 +150,7 @@ class TranslationVQEMTask(LearnsCodebook, TranslationTask):
             max_offset=self.cfg.latent_max_offset,
             marginal_end=str(self.cfg.latent_end) == "marginal",
             stop_code=models[0].pad_code() if self.cfg.stop_at_pad_latent else None,
+            length_reward=self.cfg.latent_length_reward,
         )
         history = getattr(args, "retain_iter_history", False)
         return LatentGenerator(

@@ -176,7 +176,11 @@ def change_manifest(folder: Path, change: Callable[[dict[str, Any]], None]) -> N
 
 @pytest.mark.parametrize(
     ("version", "later"),
-    [(1, ("collapse", "candidates", "source_start", "frame_beam")), (2, ("frame_beam",))],
+    [
+        (1, ("collapse", "candidates", "source_start", "frame_beam", "length_reward")),
+        (2, ("frame_beam", "length_reward")),
+        (3, ("length_reward",)),
+    ],
 )
 def test_earlier_formats_are_read(
     workshop: Workshop, artefact: Path, tmp_path: Path, version: int, later: tuple[str, ...]
@@ -199,13 +203,14 @@ def test_other_formats_are_refused(artefact: Path, tmp_path: Path) -> None:
     copy = tmp_path / "newer"
     shutil.copytree(artefact, copy)
     change_manifest(copy, lambda manifest: manifest.update(version=manifest["version"] + 1))
-    with pytest.raises(StandaloneError, match="has format fairseq_vqem-export 4, but"):
+    with pytest.raises(StandaloneError, match="has format fairseq_vqem-export 5, but"):
         StandaloneTranslator(copy)
 
 
 def test_the_teacher_comes_along(workshop: Workshop, student: Path, teacher: Path) -> None:
     out, count = workshop.root / "exported-with-teacher", 33
     search = ("--latent-beam", 3, "--latent-candidates", 3, "--remove-repeats")
+    search = (*search, "--latent-length-reward", 0.5)
     words = export_words(workshop, out, "--teacher", teacher, *search)
     outcome = workshop.run("fairseq_vqem.cli", *words)
     assert outcome.status == 0, outcome.text

@@ -27,6 +27,7 @@ SEARCHES = {
     "joint": LatentSearchOptions(max_ratio=1.3, max_offset=3),
     "beam": LatentSearchOptions(beam=3, marginal_end=True),
     "joint beam": LatentSearchOptions(beam=4),
+    "rewarded beam": LatentSearchOptions(beam=4, length_reward=1.5),
     "candidates": LatentSearchOptions(beam=2, candidates=3),
 }
 

@@ -206,6 +206,10 @@ def test_errors(tiny: Any) -> None:
         ("different codebooks", lambda: generate(tiny, [model, tiny.model(seed=1)], batch, many)),
         ("at least 1", lambda: tiny.task(latent_beam=0).build_generator([model], None)),
         (
+            "--latent-length-reward chooses",
+            lambda: tiny.task(latent_length_reward=1.0).build_generator([model], None),
+        ),
+        (
             "--latent-length source",
             lambda: tiny.task(stop_at_pad_latent=True).build_generator([model], None),
         ),

@@ -67,22 +67,40 @@ def test_marginal_end_ends_where_the_end_is_likelier_than_all_codes(tiny: Any) -
     assert longer and early
 
 
+@pytest.mark.parametrize("reward", [0.0, 0.7])
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_beam_search_equals_exhaustive_enumeration(tiny: Any, seed: int) -> None:
+def test_beam_search_equals_exhaustive_enumeration(tiny: Any, seed: int, reward: float) -> None:
     model = tiny.model(codebook_size=3, seed=seed)
     pairs = [([5, 6], [7]), ([9], [7])]
     batch = tiny.batch(pairs)
     # 2^n_c is 4: an offset of 11 positions is 3 latents
     everything = [list(c) for n in (1, 2, 3) for c in itertools.product(range(3), repeat=n)]
-    result = search(model, batch, beam=len(everything), candidates=10, max_ratio=0.0, max_offset=11)
+    limits = {"max_ratio": 0.0, "max_offset": 11, "length_reward": reward}
+    result = search(model, batch, beam=len(everything), candidates=10, **limits)
     for i, pair in enumerate(pairs):
         single = tiny.batch([pair])
         scores = {tuple(c): forced_score(model, single, c, 3) for c in everything}
         lengths = {c: len(c) + 1 for c in scores}
-        best = sorted(scores, key=lambda c: -scores[c] / lengths[c])[:10]
+        value = {c: s + reward * len(c) if reward else s / lengths[c] for c, s in scores.items()}
+        best = sorted(scores, key=lambda c: -value[c])[:10]
         assert rows(result)[i] == [list(c) for c in best]
         assert result.scores[i].tolist() == pytest.approx([scores[c] for c in best], abs=1e-4)
         assert result.lengths[i].tolist() == [lengths[c] for c in best]
+
+
+@pytest.mark.parametrize("codebooks", [1, 2])
+def test_a_reward_for_length_makes_longer_hypotheses(tiny: Any, codebooks: int) -> None:
+    stream = {"code_stream": "factorised"} if codebooks > 1 else {}
+    model = tiny.model(codebook_size=16, num_codebooks=codebooks, seed=3, **stream)
+    set_end_bias(model, 3.0)
+    batch = tiny.batch(tiny.pairs(12))
+    lengths = [
+        sum(len(group[0]) for group in rows(search(model, batch, beam=4, length_reward=reward)))
+        for reward in (0.1, 1.0, 2.0, 50.0)
+    ]
+    assert lengths == sorted(lengths) and lengths[0] < lengths[-1]
+    limits = model.max_latents(batch["net_input"]["src_lengths"], 2.0, 16)
+    assert lengths[-1] == int(limits.sum())
 
 
 def test_exhaustive_enumeration_of_a_fixed_length(tiny: Any) -> None:

@@ -47,6 +47,8 @@ class LatentSearch:
         self.scores = np.zeros(rows, np.float32)
         # all beams start equal: only the first one may be extended at the first step
         self.scores.reshape(self.batch, -1)[:, 1:] = IMPOSSIBLE
+        self.reward = np.float32(options.length_reward)
+        self.written = np.zeros(rows, np.float32)  # codes
         self.parents = np.arange(rows)
         self.feed = {**encoded, "width": tensor(np.array([self.width]))}
         for name, shape in step.inputs.items():
@@ -60,8 +62,10 @@ class LatentSearch:
         if self.stop_code is not None:
             self.codes[self.codes == self.stop_code] = -1
         shape = (self.batch, self.width)
-        scores = (self.scores / np.maximum(self.lengths, 1)).reshape(shape)
-        order = np.argsort(-scores, axis=1, kind="stable")[:, :candidates]
+        value = self.scores / np.maximum(self.lengths, 1)
+        if self.reward:
+            value = self.scores + self.reward * self.written
+        order = np.argsort(-value.reshape(shape), axis=1, kind="stable")[:, :candidates]
         rows = (np.arange(self.batch)[:, None] * self.width + order).reshape(-1)
         codes: NDArray[np.int64] = self.codes[rows]
         return codes
@@ -72,7 +76,9 @@ class LatentSearch:
             self.parents = np.arange(self.batch)
             place = gains.argmax(1)
         else:
-            totals = (self.scores[:, None] + gains).reshape(self.batch, -1)
+            totals = (self.scores + self.reward * self.written)[:, None] + gains
+            totals[:, :-1] += self.reward  # all but the end
+            totals = totals.reshape(self.batch, -1)
             best = np.argsort(-totals, axis=1, kind="stable")[:, : self.width]
             first = np.arange(self.batch)[:, None] * self.width
             self.parents = (first + best // gains.shape[1]).reshape(-1)
@@ -81,6 +87,7 @@ class LatentSearch:
         newest = choices[self.parents, place]
         finished = self.finished[self.parents]
         self.lengths = self.lengths[self.parents] + ~finished
+        self.written = self.written[self.parents] + (newest >= 0)
         self.codes = np.concatenate([self.codes[self.parents], newest[:, None]], 1)
         ended = newest < 0
         if self.stop_code is not None:

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 FORMAT = "fairseq_vqem-export"
-FORMAT_VERSION = 3  # 2 and 3 have options and graphs that programs for earlier ones do not know
-READABLE_VERSIONS = (1, 2, FORMAT_VERSION)
+FORMAT_VERSION = 4  # 2 to 4 have options and graphs that programs for earlier ones do not know
+READABLE_VERSIONS = (1, 2, 3, FORMAT_VERSION)
 MANIFEST = "manifest.json"
 STEP = "step"
 GRAPHS = ("encode", STEP, "decode")
@@ -46,6 +46,7 @@ class Options:
         source_start: sources begin with the beginning-of-sentence symbol.
         frame_beam: sentences kept by the prefix beam search over CTC frames; 1 takes the words of
             the best path.
+        length_reward: added to a beam's log-probability for each code.
 
     Raises:
         StandaloneError: the latent beam is not between the candidates and the number of codes.
@@ -66,6 +67,7 @@ class Options:
     candidates: int = 1
     source_start: bool = False
     frame_beam: int = 1
+    length_reward: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.codes:
