@@ -55,6 +55,7 @@ def diagnose(
     device: str = "cpu",
     beam: int = 1,
     of_teacher: bool = False,
+    lenpen: float = 1.0,
 ) -> Diagnosis:
     """Decode, score and compare everything.
 
@@ -63,6 +64,7 @@ def diagnose(
         labels: one source label per line of the split.
         beam: of the teacher.
         of_teacher: posterior codes are those of the teacher's translations, not the references'.
+        lenpen: of the teacher's beam.
 
     Raises:
         UserError: the checkpoint is not a ``vqem_transformer``, the teacher is one, the split is
@@ -76,7 +78,7 @@ def diagnose(
         raise UserError("--targets teacher needs the teacher's checkpoint: give it with --teacher")
     if beam < 1:
         raise UserError(f"--teacher-beam is {beam}: it must be at least 1")
-    translated = None if teacher is None else translate(teacher, data, split, device, beam)
+    translated = None if teacher is None else translate(teacher, data, split, device, beam, lenpen)
     targets = translated.tokens if translated is not None and of_teacher else None
     decoded = decode_variants(checkpoint, data, split, device, targets)
     texts, name = dict(decoded.texts), None
@@ -109,7 +111,7 @@ class Translated:
 
 
 def translate(
-    teacher: str, data: Path, split: str, device: str = "cpu", beam: int = 1
+    teacher: str, data: Path, split: str, device: str = "cpu", beam: int = 1, lenpen: float = 1.0
 ) -> Translated:
     """Translations by an autoregressive checkpoint; nothing to read gives ``""``.
 
@@ -118,7 +120,7 @@ def translate(
     """
     from fairseq_vqem.generation.api import Translator
 
-    translator = Translator.from_checkpoint(teacher, data, device=device, beam=beam)
+    translator = Translator.from_checkpoint(teacher, data, device=device, beam=beam, lenpen=lenpen)
     if any(isinstance(model, VQEMTransformer) for model in translator.models):
         raise UserError(f"--teacher {teacher} is a student: give the autoregressive checkpoint")
     tokens = read_tokens(data, split, languages(data)[0])
@@ -162,6 +164,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--split", default="valid")
     parser.add_argument("--teacher", help="its autoregressive teacher")
     parser.add_argument("--teacher-beam", type=int, default=1, help="of the teacher; 1: greedy")
+    parser.add_argument("--teacher-lenpen", type=float, default=1.0, help="length penalty")
     parser.add_argument(
         "--targets",
         choices=TARGETS,
@@ -187,6 +190,7 @@ def _run(arguments: argparse.Namespace) -> int:
         arguments.device,
         arguments.teacher_beam,
         arguments.targets == TARGETS[1],
+        arguments.teacher_lenpen,
     )
     signature = make_signature(
         data=arguments.data,

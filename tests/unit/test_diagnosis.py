@@ -358,13 +358,15 @@ def test_teacher_translates_in_order_and_leaves_empty_lines(folder: Path) -> Non
 def test_posterior_codes_of_the_teachers_translations(folder: Path, tmp_path: Path) -> None:
     student, teacher = str(folder / "student.pt"), str(folder / "teacher.pt")
     words = ("--checkpoint", student, "--teacher", teacher, "--teacher-beam", "2")
-    words = (*words, "--split", "test", "--targets", "teacher")
+    words = (*words, "--split", "test", "--targets", "teacher", "--teacher-lenpen", "-9")
     assert run(folder, *words, "--output", str(tmp_path / "of.json")) == 0
     table, _ = read_table(tmp_path / "of.json")
     assert [row.system for row in table.rows] == ["teacher, beam 2", *VARIANTS]
     found = read_result(tmp_path / "of.json")["diagnosis"]
     assert found["of_teacher"]
-    translated = translate(teacher, folder / "data", "test", beam=2)
+    translated = translate(teacher, folder / "data", "test", beam=2, lenpen=-9.0)
+    default = translate(teacher, folder / "data", "test", beam=2)
+    assert sum(map(len, translated.tokens)) < sum(map(len, default.tokens))
     given = [targets.tolist() for targets in translated.tokens]
     own = decode_variants(student, folder / "data", "test", targets=translated.tokens)
     other = decode_variants(student, folder / "data", "test")
