@@ -1,10 +1,10 @@
-"""Sentences per second in large batches, for several systems in one run."""
+"""Sentences per second in large batches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from fairseq_vqem.benchmark.engines import (
     synchroniser,
     translate_batches,
 )
-from fairseq_vqem.benchmark.timing import Seconds, measure
+from fairseq_vqem.benchmark.timing import Seconds
 
 
 @dataclass(frozen=True)
@@ -29,29 +29,23 @@ class Throughput:
     """Slowest and fastest repeat at the best batch size."""
 
 
-def time_batches(
-    engines: Mapping[str, Engine],
-    sentences: Sequence[str],
-    size: int,
-    *,
-    repeats: int,
-    device: str = "cpu",
-) -> dict[str, Seconds]:
-    """Translate all ``sentences`` in batches of ``size``, the engines taking turns.
+def time_batches(engine: Engine, sentences: Sequence[str], size: int, device: str = "cpu") -> float:
+    """Seconds in which ``engine`` translates all ``sentences`` in batches of ``size``.
 
-    Sentences of similar length share a batch. Encoding and decoding of text are outside the clock;
-    every engine translates the whole set once before it is timed.
-
-    Returns:
-        Seconds for the whole set, of shape [repeats], by engine.
+    Sentences of similar length share a batch. Encoding and decoding of text are outside the clock,
+    and so is one batch, the longest, before it starts.
     """
-    places = length_batches(sentences, size)
-    passes = {
-        name: _whole_set(engine, [engine.encode([sentences[i] for i in batch]) for batch in places])
-        for name, engine in engines.items()
-    }
-    timings = measure(passes, 1, repeats=repeats, burn_in=1, synchronise=synchroniser(device))
-    return {name: timing[:, 0] for name, timing in timings.items()}
+    batches = [
+        engine.encode([sentences[place] for place in places])
+        for places in length_batches(sentences, size)
+    ]
+    synchronise = synchroniser(device)
+    engine.translate(batches[0])
+    synchronise()
+    start = time.perf_counter()
+    translate_batches(engine.translate, batches, engine.workers)
+    synchronise()
+    return time.perf_counter() - start
 
 
 def summarise_throughput(
@@ -62,7 +56,3 @@ def summarise_throughput(
     best = max(medians, key=lambda size: medians[size])
     slowest, fastest = float(np.max(seconds[best])), float(np.min(seconds[best]))
     return Throughput(medians, best, medians[best], (sentences / slowest, sentences / fastest))
-
-
-def _whole_set(engine: Engine, batches: Sequence[Any]) -> Callable[[int], object]:
-    return lambda _: translate_batches(engine.translate, batches, engine.workers)

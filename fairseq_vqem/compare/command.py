@@ -11,7 +11,7 @@ import numpy as np
 from fairseq_vqem.benchmark.splits import languages
 from fairseq_vqem.benchmark.tables import render_table
 from fairseq_vqem.compare.fairness import check_no_leak, check_same_outputs
-from fairseq_vqem.compare.measurements import load_engines, time_rows, translate_rows
+from fairseq_vqem.compare.measurements import loader, time_rows, translate_rows
 from fairseq_vqem.compare.page import write_page
 from fairseq_vqem.compare.report import Findings, write_comparison, write_pairs
 from fairseq_vqem.compare.settings import Settings, read_settings
@@ -70,14 +70,16 @@ def compare(run: stages.Run, settings: Settings) -> str:
     raw = run.out / "corpus" / "raw"
     sources = list(read_lines(raw / f"test.{source}"))
     references = list(read_lines(raw / f"test.{target}"))
-    engines = load_engines(run, systems, threads)
-    hypotheses = translate_rows(run, systems, engines, sources, settings.decode_batch_size)
-    timings = time_rows(run, systems, engines, sources, settings)
+    load = loader(run, systems, threads)
+    translations = translate_rows(run, systems, load, sources, settings.decode_batch_size)
+    hypotheses = translations.texts
+    timings = time_rows(run, systems, load, sources, settings)
     same = check_same_outputs(
         hypotheses, timings["translations"], timings["places"], settings.sampled
     )
     findings = Findings(
-        run, settings, systems, engines, sources, references, hypotheses, timings, same
+        *(run, settings, systems, sources, references),
+        *(hypotheses, translations.parameters, timings, same),
     )
     table, result = write_comparison(run.out / "compare.json", findings)
     seconds = {name: np.asarray(timings["seconds"][name]) for name in systems}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +25,38 @@ from fairseq_vqem.pipeline.stages import Run, System
 BURN_IN = 10
 
 
-def load_engines(run: Run, systems: Mapping[str, System], threads: int) -> dict[str, Engine]:
-    """Every system, ready to translate."""
-    return {
-        name: load_engine(
+@dataclass(frozen=True)
+class Translations:
+    """Of the test set, by system, and how many parameters made them."""
+
+    texts: dict[str, list[str]]
+    parameters: dict[str, int]
+
+
+def loader(run: Run, systems: Mapping[str, System], threads: int) -> Callable[[str], Engine]:
+    """A function that makes a system ready to translate.
+
+    Systems are loaded when it is their turn: each keeps the memory of its largest batch.
+    """
+
+    def load(name: str) -> Engine:
+        system = systems[name]
+        return load_engine(
             system.checkpoints, run.data, system.options, device=run.device, threads=threads
         )
-        for name, system in systems.items()
-    }
+
+    return load
 
 
 def translate_rows(
     run: Run,
     systems: Mapping[str, System],
-    engines: Mapping[str, Engine],
+    load: Callable[[str], Engine],
     sources: Sequence[str],
     batch_size: int,
-) -> dict[str, list[str]]:
+) -> Translations:
     """Translations of ``sources`` by every system, from disk where they are up to date."""
-    found = {}
+    found = Translations({}, {})
     for name, system in systems.items():
         path = run.out / "compare" / f"{file_name(name)}.json"
         identity = _identity(system)
@@ -51,18 +64,23 @@ def translate_rows(
         if kept.get("system") != identity:
             print(f"translating the test set: {name}", flush=True)
             _seed(run.recipe.seed)
-            hypotheses = translate_all(engines[name], sources, batch_size)
-            kept = {"system": identity, "hypotheses": hypotheses}
+            engine = load(name)
+            hypotheses = translate_all(engine, sources, batch_size)
+            kept = {
+                "system": identity,
+                "parameters": engine.parameters,
+                "hypotheses": hypotheses,
+            }
             write_json(path, kept)
         check_complete(name, kept["hypotheses"], sources)
-        found[name] = kept["hypotheses"]
+        found.texts[name], found.parameters[name] = kept["hypotheses"], kept["parameters"]
     return found
 
 
 def time_rows(
     run: Run,
     systems: Mapping[str, System],
-    engines: Mapping[str, Engine],
+    load: Callable[[str], Engine],
     sources: Sequence[str],
     settings: Settings,
 ) -> dict[str, Any]:
@@ -78,23 +96,22 @@ def time_rows(
     wanted = _conditions(run, systems, settings)
     kept = read_json(path) if path.is_file() else {}
     if kept.get("of") != wanted:
+        engines = {name: load(name) for name in systems}
         kept = {"of": wanted, **_time_sentences(run, engines, sources)}
+        del engines
         write_json(path, kept)
-    kept.setdefault("throughput", {})
     sample = choose_evenly(sources, settings.throughput_sentences)
     kept["throughput_sentences"] = len(sample)
+    throughput = kept.setdefault("throughput", {})
     for size in settings.batch_sizes:
-        if str(size) not in kept["throughput"]:
-            print(f"timing all systems in batches of {size}", flush=True)
-            timings = time_batches(
-                engines,
-                sample,
-                size,
-                repeats=settings.throughput_repeats,
-                device=run.device,
-            )
-            kept["throughput"][str(size)] = {n: each.tolist() for n, each in timings.items()}
-            write_json(path, kept)
+        seconds = throughput.setdefault(str(size), {name: [] for name in systems})
+        for turn in range(settings.throughput_repeats):
+            waiting = [name for name in systems if len(seconds[name]) <= turn]
+            if waiting:
+                print(f"timing all systems in batches of {size}, pass {turn + 1}", flush=True)
+            for name in waiting:
+                seconds[name].append(time_batches(load(name), sample, size, run.device))
+                write_json(path, kept)
     return dict(kept)
 
 

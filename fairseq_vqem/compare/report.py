@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from fairseq_vqem.analysis.usage import code_counts
-from fairseq_vqem.benchmark.engines import Engine
 from fairseq_vqem.benchmark.scoring import SEED, PairedScore, Scores, paired_bootstrap, score
 from fairseq_vqem.benchmark.signature import make_signature
 from fairseq_vqem.benchmark.tables import ResultRow, ResultTable, latency_columns, write_table
@@ -33,10 +32,10 @@ class Findings:
     run: Run
     settings: Settings
     systems: Mapping[str, System]
-    engines: Mapping[str, Engine]
     sources: Sequence[str]
     references: Sequence[str]
     hypotheses: Mapping[str, Sequence[str]]
+    parameters: Mapping[str, int]
     timings: Mapping[str, Any]
     same_outputs: Mapping[str, float]
 
@@ -152,7 +151,7 @@ def _row(
         chrf=scores.chrf,
         chrf_ci=scores.chrf_ci,
         **latency_columns(seconds, seed=seed),
-        parameters=findings.engines[name].parameters,
+        parameters=findings.parameters[name],
         extra=extra,
     )
 

@@ -11,6 +11,7 @@ from fairseq.iterative_refinement_generator import IterativeRefinementGenerator
 from torch import Tensor, nn
 
 from fairseq_vqem.generation.parts import in_parts, refuse_forced_words
+from fairseq_vqem.peers.length_beam import check_length_span, near_lengths
 from fairseq_vqem.peers.rules import check_generation, rules_of
 
 
@@ -32,6 +33,8 @@ class ParallelGenerator(IterativeRefinementGenerator):
             one.
         args: generation options, of which those that are missing have fairseq's defaults.
         remove_repeats: collapse runs of one token, before a teacher judges.
+        length_span: how far the lengths of candidates may be from the predicted one, as a part
+            of it; None leaves them to fairseq.
 
     Raises:
         UserError: models and options do not go together.
@@ -43,10 +46,12 @@ class ParallelGenerator(IterativeRefinementGenerator):
         models: Sequence[Any],
         args: Any,
         remove_repeats: bool = False,
+        length_span: float | None = None,
     ) -> None:
         check_generation(models, args)
         rules = rules_of(models[0])
         beam = getattr(args, "iter_decode_with_beam", 1)
+        check_length_span(models[0], length_span, beam)
         teacher = getattr(args, "iter_decode_with_external_reranker", False)
         force = getattr(args, "iter_decode_force_max_iter", False)
         super().__init__(
@@ -60,7 +65,7 @@ class ParallelGenerator(IterativeRefinementGenerator):
             retain_history=getattr(args, "retain_iter_history", False),
             reranking=beam > 1,  # else fairseq compares scores by numpy on whatever device
         )
-        self.remove_repeats = remove_repeats
+        self.remove_repeats, self.length_span = remove_repeats, length_span
         self.own_scores = OwnScores() if beam > 1 and not teacher else None
 
     @torch.no_grad()
@@ -77,7 +82,8 @@ class ParallelGenerator(IterativeRefinementGenerator):
         found: list[list[dict[str, Any]]] = []
         for src_tokens, src_lengths in in_parts(sample, self.beam_size):
             inputs = {"src_tokens": src_tokens, "src_lengths": src_lengths}
-            found += super().generate(models, {"net_input": inputs})
+            with near_lengths(models[0], self.length_span):
+                found += super().generate(models, {"net_input": inputs})
         if self.remove_repeats and not self.reranking:
             found = [[without_repeats(best)] for (best,) in found]
         return found

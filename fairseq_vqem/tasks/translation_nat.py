@@ -37,6 +37,11 @@ class TranslationNATConfig(TranslationLevenshteinConfig):
     """fairseq's own options, ``--eval-bleu`` and ``--load-alignments`` included."""
 
     remove_repeats: bool = option(False, "collapse immediately repeated tokens of the output")
+    length_span: Optional[float] = option(
+        None,
+        "with --iter-decode-with-beam: lengths of candidates stay within this part of the predicted"
+        " length (without it 100 of them reach down to the empty translation)",
+    )
     init_from: Optional[str] = option(
         None, "AR Transformer checkpoint whose encoder, decoder and embeddings start the model"
     )
@@ -137,7 +142,8 @@ class TranslationNATTask(TranslationLevenshteinTask):
         candidates = getattr(args, "iter_decode_with_beam", 1) > 1
         searched = candidates and rules_of(models[0]).prefix_beam
         kind = PrefixBeamGenerator if searched else ParallelGenerator
-        return kind(self.target_dictionary, models, args, self.cfg.remove_repeats)
+        cfg = self.cfg
+        return kind(self.target_dictionary, models, args, cfg.remove_repeats, cfg.length_span)
 
     # ------------------------------------------------------------------ training, validation
 

@@ -85,12 +85,10 @@ def test_throughput_counts_sentences_per_second_at_the_best_batch_size() -> None
 
 def test_throughput_translates_the_whole_set_at_every_size() -> None:
     engine = Reverser()
-    for size in (1, 4):
-        assert time_batches({"x": engine}, ["a", "b b", "", "c"], size, repeats=2)["x"].shape == (
-            2,
-        )
-    # once before the clock, then twice: three batches of one, then one of three
-    assert [len(batch) for batch in engine.batches] == [1] * 9 + [3] * 3
+    for size in (1, 2, 4):
+        assert time_batches(engine, ["a", "b b", "", "c"], size) > 0
+    # the longest batch once before the clock, then all
+    assert [len(batch) for batch in engine.batches] == [1, 1, 1, 1, 2, 2, 1, 3, 3]
 
 
 @pytest.mark.parametrize("workers", [1, 3])
