@@ -15,6 +15,7 @@ from fairseq_vqem.corpora.binarise import SPLITS, binarise, data_checksum
 from fairseq_vqem.corpora.debian.build import ENGLISH, build_corpus
 from fairseq_vqem.corpora.debian.packages import GROUP_PACKAGES
 from fairseq_vqem.corpora.files import count_and_checksum, write_json
+from fairseq_vqem.corpora.own_text import copy_text
 from fairseq_vqem.corpora.splits import SplitRule
 from fairseq_vqem.corpora.subwords import (
     KINDS,
@@ -140,6 +141,31 @@ def _run_archives(args: argparse.Namespace) -> int:
     return 0
 
 
+def _run_text(args: argparse.Namespace) -> int:
+    copy_text(args.text, args.source_lang, args.target_lang, args.out / RAW)
+    request = SubwordRequest(args.subwords, args.vocab_size, args.character_coverage)
+    prepare_from_raw(args.out, args.source_lang, args.target_lang, request, args.workers)
+    return 0
+
+
+def _add_text(corpora: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = corpora.add_parser("text", help="your own sentence pairs")
+    parser.add_argument(
+        "--text", type=Path, required=True, metavar="DIR", help="{train,valid,test}.{SRC,TGT} in it"
+    )
+    parser.add_argument("-s", "--source-lang", required=True, metavar="SRC")
+    parser.add_argument("-t", "--target-lang", required=True, metavar="TGT")
+    parser.add_argument(
+        "--character-coverage",
+        type=float,
+        default=1.0,
+        metavar="SHARE",
+        help="of sentencepiece; 0.9995 for scripts with thousands of signs (default: %(default)s)",
+    )
+    _add_output_options(parser, DEBIAN_VOCABULARY)
+    parser.set_defaults(run=_run_text)
+
+
 def _add_sample(corpora: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = corpora.add_parser("sample", help="the embedded English-German sample")
     _add_output_options(parser, SAMPLE_VOCABULARY)
@@ -181,6 +207,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """Add ``prepare`` with one sub-command for each corpus; each sets ``run``."""
     parser = subparsers.add_parser("prepare", help="make a corpus ready for training")
     corpora = parser.add_subparsers(dest="corpus", required=True, metavar="CORPUS")
+    _add_text(corpora)
     _add_sample(corpora)
     _add_debian(corpora)
     for name, corpus in ARCHIVE_CORPORA.items():

@@ -59,6 +59,51 @@ def test_prepare_sample(
         run(*arguments[:-1], str(int(size) + 10))
 
 
+def write_text(folder: Path, pairs: dict[str, list[Pair]]) -> None:
+    folder.mkdir()
+    for split, each in pairs.items():
+        for side, language in enumerate(("en", "de")):
+            lines = "".join(f"{pair[side]}\r\n" for pair in each)
+            (folder / f"{split}.{language}").write_text(lines, encoding="utf-8", newline="")
+
+
+def test_prepare_own_text(small_sample: dict[str, list[Pair]], tmp_path: Path) -> None:
+    write_text(tmp_path / "mine", small_sample)
+    options = ("-s", "en", "-t", "de", "--vocab-size", "250")
+    assert (
+        run("text", "--text", str(tmp_path / "mine"), "--out", str(tmp_path / "a"), *options) == 0
+    )
+    assert run("sample", "--out", str(tmp_path / "b"), *options[4:]) == 0
+    assert data_checksum(tmp_path / "a" / "binarised") == data_checksum(
+        tmp_path / "b" / "binarised"
+    )
+
+
+@pytest.mark.parametrize(
+    ("lines", "languages", "message"),
+    [
+        ("one\ntwo\n", "en en", "both 'en'"),
+        ("one\ntwo\n", "en fr", "lacks train.fr, valid.fr, test.fr"),
+        ("one\ntwo\nthree\n", "en de", "test.en has 60 lines and test.de 3"),
+        ("", "en de", "test.en has 60 lines and test.de 0"),
+    ],
+)
+def test_own_text_that_does_not_fit(
+    lines: str,
+    languages: str,
+    message: str,
+    small_sample: dict[str, list[Pair]],
+    tmp_path: Path,
+) -> None:
+    write_text(tmp_path / "mine", small_sample)
+    (tmp_path / "mine" / "test.de").write_text(lines, encoding="utf-8")
+    source, target = languages.split()
+    words = ("text", "--text", str(tmp_path / "mine"), "-s", source, "-t", target)
+    with pytest.raises(UserError, match=message):
+        run(*words, "--out", str(tmp_path / "out"))
+    assert not (tmp_path / "out" / "binarised").exists()
+
+
 def test_rebuild(tmp_path: Path) -> None:
     pool = tmp_path / "de.lohelp.tsv"
     pairs = sample.load_sample()["train"][:300]
@@ -91,6 +136,7 @@ def test_archives_need_downloads(name: str, tmp_path: Path) -> None:
         ("sample", "--out", "x", "--vocab-size", "0"),
         ("sample", "--out", "x", "--subwords", "morphemes"),
         ("wmt14-en-de", "--out", "x"),
+        ("text", "--out", "x", "--text", "y"),
     ],
 )
 def test_wrong_usage(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
