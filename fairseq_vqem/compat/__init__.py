@@ -33,6 +33,7 @@ from fairseq_vqem.compat.messages import (
 )
 from fairseq_vqem.compat.patching import original
 from fairseq_vqem.compat.processes import enable_cpu_data_parallel, enable_torchrun
+from fairseq_vqem.compat.updates import discard_rejected_statistics
 
 __all__ = [
     "SynchronisedStopwatch",
@@ -40,6 +41,7 @@ __all__ = [
     "allow_in_checkpoints",
     "apply",
     "copy_checkpoints_atomically",
+    "discard_rejected_statistics",
     "enable_cpu_data_parallel",
     "enable_torchrun",
     "explain_bad_checkpoints",
@@ -66,6 +68,7 @@ def apply() -> None:
     keep_last_batch()
     make_batches_every_epoch()
     keep_bf16_off_tpu()
+    discard_rejected_statistics()
     mend_rerank()
     synchronise_generation_timer()
     honour_sacrebleu_flag()

@@ -147,14 +147,14 @@ class LatentGenerator(IterativeRefinementGenerator):
         self, tokens: Tensor, scores: Tensor, latent_score: float, codes: Tensor
     ) -> dict[str, Any]:
         """The record that fairseq's command line prints; ``tokens`` come without EOS."""
+        # Repeated words count here, removed or not: they were predicted as well.
+        joint = (scores.sum() + latent_score) / (tokens.numel() + 1)
         if self.remove_repeats and tokens.numel():
             first = torch.cat([tokens.new_ones(1, dtype=torch.bool), tokens[1:] != tokens[:-1]])
             tokens, scores = tokens[first], scores[first]
         tokens = torch.cat([tokens, tokens.new_tensor([self.eos])])
         scores = torch.cat([scores, scores.new_zeros(1)])
-        score = scores.mean()
-        if self.rescore == "latent":
-            score = (scores.sum() + latent_score) / tokens.numel()
+        score = joint if self.rescore == "latent" else scores.mean()
         record = {
             "steps": 0,
             "tokens": tokens,

@@ -144,6 +144,21 @@ def test_latent_rescoring_prefers_the_joint_score(tiny: Any) -> None:
     assert moved
 
 
+def test_latent_rescoring_counts_the_repeats_that_it_removes(tiny: Any) -> None:
+    model, batch = tiny.model(seed=3), tiny.batch(tiny.pairs(20, seed=2))
+    options, dictionary = LatentSearchOptions(beam=4, candidates=4), tiny.dictionary()
+    plain, clean = (
+        LatentGenerator(dictionary, [model], options, "latent", remove_repeats=remove).generate(
+            [model], batch
+        )
+        for remove in (False, True)
+    )
+    assert words(plain) != words(clean)
+    for before, after in zip(plain, clean, strict=True):
+        assert [float(h["score"]) for h in before] == [float(h["score"]) for h in after]
+        assert [h["codes"].tolist() for h in before] == [h["codes"].tolist() for h in after]
+
+
 def test_teacher_rescoring(tiny: Any) -> None:
     model, teacher = tiny.model(seed=8), tiny_teacher(tiny.task())
     batch = tiny.batch(tiny.pairs(6))
