@@ -11,9 +11,10 @@ import numpy as np
 from fairseq_vqem.benchmark.splits import languages
 from fairseq_vqem.benchmark.tables import render_table
 from fairseq_vqem.compare.fairness import check_no_leak, check_same_outputs
+from fairseq_vqem.compare.further import write_further_tables
 from fairseq_vqem.compare.measurements import loader, time_rows, translate_rows
 from fairseq_vqem.compare.page import write_page
-from fairseq_vqem.compare.report import Findings, write_comparison, write_pairs
+from fairseq_vqem.compare.report import Findings, write_comparison
 from fairseq_vqem.compare.settings import Settings, read_settings
 from fairseq_vqem.corpora.files import read_lines, replacing, write_columns
 from fairseq_vqem.pipeline import stages
@@ -53,7 +54,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def compare(run: stages.Run, settings: Settings) -> str:
     """Translate, score and time every system; write ``compare.{json,md,html}``, `HYPOTHESES`, and
-    ``pairs.json`` where the recipe asks for pairs.
+    the tables of `write_further_tables`.
 
     Returns:
         The tables as Markdown.
@@ -86,13 +87,9 @@ def compare(run: stages.Run, settings: Settings) -> str:
     texts = {"source": sources, "reference": references, **hypotheses}
     write_columns(run.out / HYPOTHESES, texts)
     page = run.out / "compare.html"
-    tables = [table]
-    pairs = run.out / "pairs.json"
-    if settings.pairs:
-        tables.append(write_pairs(pairs, findings, result["signature"]["sacrebleu"]))
-    else:
-        pairs.unlink(missing_ok=True)  # of a recipe that had some
-    write_page(page, tables, result, seconds, timings["source_tokens"], texts)
+    further = write_further_tables(findings, result["signature"]["sacrebleu"])
+    write_page(page, table, further, result, seconds, timings["source_tokens"], texts)
+    tables = [table, *further.values()]
     text = "\n\n".join(render_table(each, result["signature"]) for each in tables)
     with replacing(run.out / "compare.md") as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")

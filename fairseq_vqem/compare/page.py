@@ -26,7 +26,8 @@ EXAMPLES = 5
 
 def write_page(
     path: Path,
-    tables: Sequence[ResultTable],
+    table: ResultTable,
+    further: Mapping[str, ResultTable],
     result: Mapping[str, Any],
     seconds: Mapping[str, np.ndarray],
     source_tokens: Sequence[int],
@@ -35,13 +36,13 @@ def write_page(
     """Write the page.
 
     Args:
-        tables: the comparison, then perhaps its pairs.
+        table: the comparison.
+        further: tables beside it, by title.
         result: content of the result file.
         seconds: timings by system, [repeats, sentences].
         source_tokens: subwords of each timed sentence.
         texts: ``source``, ``reference`` and each system's translations, of the whole test set.
     """
-    table, *pairs = tables
     plots = [
         ("Quality against latency", lambda axes: _quality(axes, table, result["models"])),
         ("Latency against length", lambda axes: _lengths(axes, seconds, source_tokens)),
@@ -56,8 +57,8 @@ def write_page(
         " Latency: median per sentence at batch size 1, systems taking turns, with its 95 %"
         " bootstrap interval over sentences. Grey lines join the ways to decode one model.</p>"
     )
-    if pairs:
-        parts += ["<h2>Differences between systems, paired bootstrap</h2>", *map(_table, pairs)]
+    for heading, other in further.items():
+        parts += [f"<h2>{html.escape(heading)}</h2>", _table(other)]
     parts += [f"<figure><h2>{name}</h2>{_svg(draw)}</figure>" for name, draw in plots]
     parts += ["<h2>Examples</h2>", _examples(texts)]
     parts += ["<h2>Signature</h2>", f"<pre>{html.escape(_lines(result['signature']))}</pre>"]

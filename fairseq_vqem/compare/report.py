@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fairseq_vqem.analysis.usage import code_counts
-from fairseq_vqem.benchmark.scoring import SEED, PairedScore, Scores, paired_bootstrap, score
+from fairseq_vqem.benchmark.scoring import PairedScore, Scores, paired_bootstrap, score
 from fairseq_vqem.benchmark.signature import make_signature
 from fairseq_vqem.benchmark.tables import ResultRow, ResultTable, latency_columns, write_table
 from fairseq_vqem.benchmark.throughput import Throughput, summarise_throughput
@@ -22,7 +22,6 @@ from fairseq_vqem.pipeline.stages import TEACHER, VQEM_TASK, Run, System
 
 DATA, P_VALUE, LENGTH, COMET = "Targets", "p", "Length", "COMET"
 THROUGHPUT, TRAINING, MEMORY = "Sentences/s (batch)", "Training (tokens/s)", "Training memory (MiB)"
-PAIR_COLUMNS = ("Against", "BLEU", "p (BLEU)", "chrF", "p (chrF)")
 
 
 @dataclass(frozen=True)
@@ -97,28 +96,6 @@ def write_comparison(path: Path, findings: Findings) -> tuple[ResultTable, dict[
     return table, {**details, "signature": asdict(signature)}
 
 
-def write_pairs(path: Path, findings: Findings, sacrebleu: dict[str, str]) -> ResultTable:
-    """Test the pairs of ``settings.pairs`` and write a signed result file of the differences.
-
-    Args:
-        sacrebleu: signatures of the metrics.
-    """
-    rows = []
-    for system, other in findings.settings.pairs:
-        both = {name: findings.hypotheses[name] for name in (other, system)}
-        base, found = paired_bootstrap(both, findings.references)
-        cells = (
-            *(other, f"{found.bleu - base.bleu:+.2f}", _p_value(found.bleu_p)),
-            *(f"{found.chrf - base.chrf:+.2f}", _p_value(found.chrf_p)),
-        )
-        rows.append(ResultRow(system, extra=dict(zip(PAIR_COLUMNS, cells, strict=True))))
-    run = findings.run
-    table = ResultTable(f"{run.recipe.name}-pairs", rows, ["system", *PAIR_COLUMNS])
-    signature = make_signature(data=run.data, seed=SEED, device=run.device, sacrebleu=sacrebleu)
-    write_table(path, table, signature)
-    return table
-
-
 def _row(
     findings: Findings,
     name: str,
@@ -133,7 +110,7 @@ def _row(
     cost = training[system.model]
     extra: dict[str, float | str] = {
         DATA: system.data,
-        P_VALUE: _p_value(paired.bleu_p),
+        P_VALUE: p_text(paired.bleu_p),
         LENGTH: f"{scores.length_ratio:.3f}",
     }
     if comet is not None:
@@ -166,14 +143,21 @@ def _paired(findings: Findings) -> list[PairedScore]:
 def usage(findings: Findings) -> dict[str, list[int]]:
     """Uses of each code on the test set, for every student with latents."""
     run = findings.run
-    students = dict.fromkeys(
-        system.model
-        for system in findings.systems.values()
-        if system.task == VQEM_TASK and system.model != TEACHER
-    )
     return {
-        name: code_counts(str(run.student(name)), run.data, device=run.device) for name in students
+        name: code_counts(str(run.student(name)), run.data, device=run.device)
+        for name in students_with_latents(findings.systems)
     }
+
+
+def students_with_latents(systems: Mapping[str, System]) -> list[str]:
+    """The models among ``systems`` that write codes, in order."""
+    return list(
+        dict.fromkeys(
+            system.model
+            for system in systems.values()
+            if system.task == VQEM_TASK and system.model != TEACHER
+        )
+    )
 
 
 def comet_scores(checkpoint: str, findings: Findings) -> dict[str, float]:
@@ -206,7 +190,8 @@ def _speedup_heading(baseline: str) -> str:
     return f"Speed-up over {baseline}"
 
 
-def _p_value(value: float | None) -> str:
+def p_text(value: float | None) -> str:
+    """How a table shows the p-value of a paired bootstrap; None is the baseline's own."""
     if value is None:
         return "baseline"
     return f"{value:.3f}"

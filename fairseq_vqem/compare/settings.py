@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.pipeline.recipe import Recipe
 from fairseq_vqem.pipeline.stages import TEACHER_BEAM, TEACHER_GREEDY
+
+COUNTS = ("decode_batch_size", "throughput_sentences", "throughput_repeats")
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,8 @@ class Settings:
         baselines: systems that speed-ups refer to, one column each.
         reference: the system of the paired bootstrap.
         pairs: two systems each, the first tested against the second by paired bootstrap as well.
+        groups: two systems or more under a title, such as one training with several seeds: their
+            mean and spread are reported.
         decode_batch_size: sentences per batch when the test set is translated for scoring.
         batch_sizes: tried for throughput; the best one counts.
         throughput_sentences: of the test set, evenly spaced (100 candidates take minutes).
@@ -31,6 +35,7 @@ class Settings:
     baselines: Sequence[str] = (TEACHER_BEAM,)
     reference: str = TEACHER_GREEDY
     pairs: Sequence[Sequence[str]] = ()
+    groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
     decode_batch_size: int = 32
     batch_sizes: Sequence[int] = (8, 32, 128)
     throughput_sentences: int = 256
@@ -51,7 +56,12 @@ def read_settings(recipe: Recipe, systems: Collection[str]) -> Settings:
     settings = Settings(**recipe.compare)
     if not _are_pairs(settings.pairs):
         raise UserError("the compare option pairs is a list of pairs: [[system, other], …]")
-    paired = itertools.chain.from_iterable(settings.pairs)
+    if not _are_groups(settings.groups):
+        raise UserError(
+            "the compare option groups has a list of two systems or more for each title:"
+            " {title: [system, other, …], …}"
+        )
+    paired = itertools.chain.from_iterable([*settings.pairs, *settings.groups.values()])
     named = [*settings.baselines, settings.reference, *settings.sampled, *paired]
     missing = [name for name in named if name not in systems]
     if missing:
@@ -60,7 +70,20 @@ def read_settings(recipe: Recipe, systems: Collection[str]) -> Settings:
         )
     if not settings.baselines or not settings.batch_sizes:
         raise UserError("compare needs at least one baseline and one batch size")
+    for name in COUNTS:
+        value = getattr(settings, name)
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"the compare option {name} is {value}: it must be at least 1")
     return settings
+
+
+def _are_groups(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(names, list)
+        and all(isinstance(name, str) for name in names)
+        and len(names) == len(set(names)) > 1
+        for names in value.values()
+    )
 
 
 def _are_pairs(value: Any) -> bool:

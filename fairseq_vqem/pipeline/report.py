@@ -128,6 +128,19 @@ def training_summary(folder: Path, items: str = "target_tokens") -> dict[str, An
     return {**summary, "peak_memory_mib": finished.get("peak_memory_mib")}
 
 
+def best_validation(folder: Path) -> dict[str, Any]:
+    """What was logged when the checkpoint that is used, the best by BLEU, was validated.
+
+    The last of equals, as fairseq keeps it; nothing where no validation reports BLEU.
+    """
+    scored = [
+        values
+        for kind, values in read_log(folder / LOG)
+        if kind == "valid" and "valid_bleu" in values
+    ]
+    return max(reversed(scored), key=lambda values: float(values["valid_bleu"]), default={})
+
+
 def examples(
     sources: list[str],
     references: list[str],

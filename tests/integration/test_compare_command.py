@@ -10,7 +10,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import yaml
 from sacrebleu.metrics import BLEU
 from workshop import Outcome, Workshop
@@ -72,6 +74,7 @@ RECIPE: dict[str, Any] = {
         **{"baselines": ["teacher, beam 4", "teacher, greedy"], "batch_sizes": [4, 16]},
         **{"throughput_repeats": 1, "decode_batch_size": 8},
         "pairs": [["vqem", "teacher, beam 4"], ["teacher, beam 4", "vqem"], ["AR", "vqem"]],
+        "groups": {"both searches": ["teacher, beam 4", "teacher, greedy"]},
     },
 }
 ROWS = ["teacher, beam 4", "teacher, greedy", "AR", "vqem", *RECIPE["variants"]]
@@ -128,6 +131,28 @@ def test_pairs_are_tested_in_both_directions(compared: Path) -> None:
     assert float(back["BLEU"]) == -float(there["BLEU"]) and back["p (BLEU)"] == there["p (BLEU)"]
     text = (compared / "out" / "compare.md").read_text("utf-8")
     assert "| vqem | teacher, beam 4 |" in text
+
+
+def test_a_group_is_reported_by_mean_and_spread(compared: Path) -> None:
+    table, _ = read_table(compared / "out" / "groups.json")
+    (row,) = table.rows
+    scores = {row.system: row.bleu for row in read_table(compared / "out" / "compare.json")[0].rows}
+    both = [float(scores[f"teacher, {search}"] or 0) for search in ("beam 4", "greedy")]
+    expected = f"{np.mean(both):.2f} ± {np.std(both, ddof=1):.2f}"
+    assert row.system == "both searches" and row.extra
+    assert row.extra["Systems"] == "2" and row.extra["BLEU"] == expected
+    assert row.extra["Posterior BLEU"] == "–"  # a teacher has no codes
+
+
+def test_the_codes_of_the_checkpoint_used_are_reported(compared: Path) -> None:
+    table, _ = read_table(compared / "out" / "latents.json")
+    (row,) = table.rows
+    assert row.system == "vqem" and row.extra
+    assert 1 <= float(row.extra["Code perplexity"]) <= 64
+    checkpoint = torch.load(compared / "out" / "vqem" / "checkpoint_best.pt", weights_only=False)
+    updates = checkpoint["optimizer_history"][-1]["num_updates"]
+    assert float(row.extra["Update"]) == updates
+    assert float(row.extra["BLEU"]) == pytest.approx(checkpoint["extra_state"]["best"], abs=0.01)
 
 
 def test_the_translations_can_be_scored_again(compared: Path) -> None:

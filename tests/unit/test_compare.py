@@ -41,6 +41,12 @@ def test_settings_have_defaults_and_name_their_systems() -> None:
         ({"pairs": ["student", "nat"]}, "list of pairs"),
         ({"pairs": None}, "list of pairs"),
         ({"pairs": [[["student"], "nat"]]}, "list of pairs"),
+        ({"groups": {"seeds": ["student", "nat"]}}, "name 'nat'"),
+        ({"groups": {"seeds": ["student"]}}, "list of two systems or more"),
+        ({"groups": {"seeds": ["student", "student"]}}, "list of two systems or more"),
+        ({"groups": ["student", "nat"]}, "list of two systems or more"),
+        ({"throughput_repeats": 0}, "throughput_repeats is 0: it must be at least 1"),
+        ({"throughput_sentences": 0}, "throughput_sentences is 0: it must be at least 1"),
     ):
         with pytest.raises(UserError, match=message):
             read_settings(recipe(**compare), NAMES)
@@ -96,9 +102,10 @@ def test_page_needs_nothing_else(tmp_path: Path) -> None:
     }
     seconds = {row.system: np.full((2, 3), 0.01) for row in rows}
     texts = {name: ["one", "two & three", "four"] for name in ("source", "reference", "nat")}
-    write_page(tmp_path / "page.html", [table, pairs], result, seconds, [3, 3, 9], texts)
+    further = {"Pairs & more": pairs}
+    write_page(tmp_path / "page.html", table, further, result, seconds, [3, 3, 9], texts)
     page = (tmp_path / "page.html").read_text("utf-8")
-    assert "+0.25" in page
+    assert "+0.25" in page and "<h2>Pairs &amp; more</h2>" in page
     assert page.count("<svg") == 3 and "a &lt;b&gt;" in page and "two &amp; three" in page
     assert not re.search(r"(src|href)=\"http|<script|@import|url\(http", page)
     assert list(tmp_path.iterdir()) == [tmp_path / "page.html"]

@@ -1,0 +1,116 @@
+"""Tables beside the comparison: tested pairs, groups of seeds, what the codes are like."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import mean, stdev
+
+from fairseq_vqem.benchmark.scoring import SEED, paired_bootstrap, score
+from fairseq_vqem.benchmark.signature import make_signature
+from fairseq_vqem.benchmark.tables import MISSING, ResultRow, ResultTable, write_table
+from fairseq_vqem.compare.report import Findings, p_text, students_with_latents
+from fairseq_vqem.pipeline.report import best_validation
+
+PAIRS, GROUPS, LATENTS = "pairs", "groups", "latents"
+TITLES = {
+    PAIRS: "Differences between systems, paired bootstrap",
+    GROUPS: "Groups of systems, mean ± standard deviation",
+    LATENTS: "Codes on the validation set, at the checkpoint that is used",
+}
+PAIR_COLUMNS = ("Against", "BLEU", "p (BLEU)", "chrF", "p (chrF)")
+GROUP_COLUMNS = ("Systems", "BLEU", "chrF", "Length", "Validation BLEU", "Posterior BLEU")
+LATENT_COLUMNS = {
+    "BLEU": "valid_bleu",
+    "Posterior BLEU": "valid_posterior_bleu",
+    "Code perplexity": "valid_code_perplexity",
+    "Unused codes": "valid_dead_codes",
+    "Latent loss (bits)": "valid_latent_loss",
+    "Latent accuracy": "valid_latent_accuracy",
+    "Update": "valid_num_updates",
+}
+BLEUS = (LATENT_COLUMNS["BLEU"], LATENT_COLUMNS["Posterior BLEU"])
+
+
+def write_further_tables(
+    findings: Findings, sacrebleu: Mapping[str, str]
+) -> dict[str, ResultTable]:
+    """Write ``pairs.json``, ``groups.json`` and ``latents.json``, signed, where they have rows.
+
+    A file of an earlier recipe that had some is removed.
+
+    Args:
+        sacrebleu: signatures of the metrics.
+
+    Returns:
+        The tables by their titles.
+    """
+    run = findings.run
+    tables = {}
+    for name, rows, columns in (
+        (PAIRS, pair_rows(findings), PAIR_COLUMNS),
+        (GROUPS, group_rows(findings), GROUP_COLUMNS),
+        (LATENTS, latent_rows(findings), tuple(LATENT_COLUMNS)),
+    ):
+        path = run.out / f"{name}.json"
+        if not rows:
+            path.unlink(missing_ok=True)
+            continue
+        table = ResultTable(f"{run.recipe.name}-{name}", rows, ["system", *columns])
+        seed = SEED if name == PAIRS else run.recipe.seed
+        signature = make_signature(
+            data=run.data, seed=seed, device=run.device, sacrebleu=dict(sacrebleu)
+        )
+        write_table(path, table, signature)
+        tables[TITLES[name]] = table
+    return tables
+
+
+def pair_rows(findings: Findings) -> list[ResultRow]:
+    """Each pair of ``settings.pairs``: the difference of the first to the second, tested."""
+    rows = []
+    for system, other in findings.settings.pairs:
+        both = {name: findings.hypotheses[name] for name in (other, system)}
+        base, found = paired_bootstrap(both, findings.references)
+        cells = (
+            *(other, f"{found.bleu - base.bleu:+.2f}", p_text(found.bleu_p)),
+            *(f"{found.chrf - base.chrf:+.2f}", p_text(found.chrf_p)),
+        )
+        rows.append(ResultRow(system, extra=dict(zip(PAIR_COLUMNS, cells, strict=True))))
+    return rows
+
+
+def group_rows(findings: Findings) -> list[ResultRow]:
+    """Mean and sample standard deviation over the systems of each of ``settings.groups``."""
+    rows = []
+    for title, names in findings.settings.groups.items():
+        scores = [
+            score(findings.hypotheses[name], findings.references, bootstrap=0) for name in names
+        ]
+        valid = [best_validation(findings.run.out / findings.systems[name].model) for name in names]
+        cells = (
+            str(len(names)),
+            spread([each.bleu for each in scores]),
+            spread([each.chrf for each in scores]),
+            spread([each.length_ratio for each in scores], 3),
+            *(spread([each.get(key) for each in valid]) for key in BLEUS),
+        )
+        rows.append(ResultRow(title, extra=dict(zip(GROUP_COLUMNS, cells, strict=True))))
+    return rows
+
+
+def spread(values: Sequence[float | str | None], digits: int = 2) -> str:
+    """``mean ± standard deviation`` of at least two values; a dash where one is missing."""
+    numbers = [float(value) for value in values if value is not None]
+    if len(numbers) < len(values):
+        return MISSING
+    return f"{mean(numbers):.{digits}f} ± {stdev(numbers):.{digits}f}"
+
+
+def latent_rows(findings: Findings) -> list[ResultRow]:
+    """What the validation of each student with latents logged at its best checkpoint."""
+    rows = []
+    for name in students_with_latents(findings.systems):
+        values = best_validation(findings.run.out / name)
+        cells = {title: str(values.get(key, MISSING)) for title, key in LATENT_COLUMNS.items()}
+        rows.append(ResultRow(name, extra=cells))
+    return rows
