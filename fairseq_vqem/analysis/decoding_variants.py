@@ -171,11 +171,13 @@ def variant_codes(
     tally: _Tally,
 ) -> dict[str, Tensor]:
     """Codes ``[B, L]`` of each of ``VARIANTS``, -1 at padding; L may differ."""
-    src_lengths = sample["net_input"]["src_lengths"]
+    net = sample["net_input"]
+    src_tokens, src_lengths = net["src_tokens"], net["src_lengths"]
     posterior = model.posterior_codes(sample["target"], src_lengths, encoder_out)
     one_step, logits, ends = one_step_codes(model, posterior, encoder_out)
     forced = forced_length_codes(model, posterior.ge(0).sum(1), encoder_out)
-    predicted = search_latents([model], [encoder_out], src_lengths, search).codes[:, 0]
+    found = search_latents([model], [encoder_out], src_tokens, src_lengths, search)
+    predicted = found.codes[:, 0]
     codes = dict(zip(VARIANTS, (posterior, one_step, forced, predicted), strict=True))
     tally.add(model, codes, logits, sample["target"].ne(model.pad).sum(1))
     if model.cfg.latent_length == "end":

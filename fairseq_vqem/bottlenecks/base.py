@@ -119,7 +119,8 @@ class Bottleneck(nn.Module):
         num_updates: optimiser steps so far, by which schedules go.
         splittable: whether ``--num-codebooks`` may make several of it.
         straight_through: whether the gradient of its latents is that of its input.
-        has_codebook_care: whether it follows ``--codebook-init`` and ``--dead-code-threshold``.
+        has_codebook_care: whether it follows ``--codebook-init``, ``--dead-code-threshold`` and
+            ``--cluster-prior``.
         takes_prior: whether it has ``modes`` and its ``forward`` takes a ``log_prior`` ``[N, K]``
             (--predictor-prior).
     """
@@ -192,12 +193,15 @@ def build_bottleneck(name: str, options: BottleneckOptions) -> Bottleneck:
         UserError: there is no such bottleneck; the message lists the known ones.
     """
     kind = find_bottleneck(name)
-    if not kind.has_codebook_care and (
-        options.codebook_init != "latest" or options.dead_code_threshold
-    ):
+    care = {
+        "--codebook-init kmeans++": options.codebook_init != "latest",
+        "--dead-code-threshold": options.dead_code_threshold > 0,
+        "--cluster-prior learned": options.cluster_prior != "uniform",
+    }
+    asked = [flag for flag, wanted in care.items() if wanted]
+    if asked and not kind.has_codebook_care:
         raise UserError(
-            f"--bottleneck {name} knows neither --codebook-init kmeans++ nor --dead-code-threshold:"
-            " use them with soft-em or hard-em"
+            f"--bottleneck {name} does not know {asked[0]}: use it with soft-em or hard-em"
         )
     if options.num_codebooks == 1:
         return kind(options)

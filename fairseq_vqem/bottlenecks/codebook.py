@@ -18,6 +18,7 @@ from fairseq_vqem.bottlenecks.care import (
 )
 
 LAPLACE_EPSILON = 1e-5
+SIZES_VARY = ("remembered",)  # buffers whose size is that of the training so far
 
 
 class Float32Buffers(nn.Module):
@@ -180,6 +181,7 @@ class EMACodebook(Float32Buffers):
         slots = (self.observed + torch.arange(rows.size(0), device=rows.device)) % self.size
         self.embeddings[slots] = rows
         self.sums[slots] = rows
+        self.counts[slots] = 1.0  # a second warm-up finds the counts of a trained codebook
         self.observed += rows.size(0)
 
     def _seed(self, rows: Tensor) -> None:

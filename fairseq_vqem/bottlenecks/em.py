@@ -70,9 +70,32 @@ class EMBottleneck(Bottleneck):
         """
         raise NotImplementedError
 
+    @property
+    def temperature(self) -> float:
+        """τ of the posterior ``softmax(-‖e_j - x‖²/τ + log prior)``."""
+        return 1.0
+
     def modes(self, rows: Tensor) -> Tensor:
         """The posterior's modes ``[N]`` of ``[N, D]`` rows, for evaluation."""
-        return kernels.nearest_codes(rows, self.codebook.embeddings)
+        return kernels.nearest_codes(
+            rows, self.codebook.embeddings, self.temperature, self.log_prior()
+        )
+
+    def log_prior(self, penalties: Tensor | None = None) -> Tensor | None:
+        """Logarithms of the codes' prior but for a constant, ``[K]`` or ``[N, K]``; None: uniform.
+
+        The clusters' shares where they are learned (section 3.1 has them uniform).
+
+        Args:
+            penalties: ``[N, K]`` in units of squared distances.
+        """
+        learned: Tensor | None = None
+        if self.options.cluster_prior == "learned":
+            counts = self.codebook.counts
+            learned = (counts / counts.sum()).clamp(min=torch.finfo(counts.dtype).tiny).log()
+        if penalties is None:
+            return learned
+        return (0.0 if learned is None else learned) - penalties / self.temperature
 
     def forward(self, vectors: Tensor, log_prior: Tensor | None = None) -> BottleneckOutput:
         """Discretise ``vectors`` ``[N, D]``; in training mode also gather statistics.
@@ -128,13 +151,17 @@ class EMBottleneck(Bottleneck):
 
 @register_bottleneck("hard-em")
 class HardEM(EMBottleneck):
-    """Every vector goes to its nearest code (Eq. 1); ties go to the lowest id."""
+    """Every vector goes to its nearest code (Eq. 1); ties go to the lowest id.
+
+    With a learned cluster prior it goes to the mode of the posterior, a classification EM.
+    """
 
     def expectation(
         self, rows: Tensor, penalties: Tensor | None
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        log_prior = None if penalties is None else -penalties
-        codes = kernels.nearest_codes(rows, self.codebook.embeddings, log_prior=log_prior)
+        codes = kernels.nearest_codes(
+            rows, self.codebook.embeddings, self.temperature, self.log_prior(penalties)
+        )
         return codes, codes.unsqueeze(1), {}
 
 
@@ -142,25 +169,15 @@ class HardEM(EMBottleneck):
 class SoftEM(EMBottleneck):
     """m samples from softmax(-‖e_j - x‖²/τ); the decoder receives their mean (Eq. 12)."""
 
+    @property
+    def temperature(self) -> float:
+        return self.options.posterior_temperature
+
     def expectation(
         self, rows: Tensor, penalties: Tensor | None
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        temperature, log_prior = self.options.posterior_temperature, self.log_prior()
-        if penalties is not None:
-            log_prior = (0.0 if log_prior is None else log_prior) - penalties / temperature
         codes, samples, entropies = kernels.sample_codes(
-            rows, self.codebook.embeddings, self.options.em_samples, temperature, log_prior
+            *(rows, self.codebook.embeddings, self.options.em_samples),
+            *(self.temperature, self.log_prior(penalties)),
         )
         return codes, samples, {"posterior_entropy": entropies}
-
-    def modes(self, rows: Tensor) -> Tensor:
-        return kernels.nearest_codes(
-            rows, self.codebook.embeddings, self.options.posterior_temperature, self.log_prior()
-        )
-
-    def log_prior(self) -> Tensor | None:
-        """Logarithms ``[K]`` of the clusters' shares where they are learned, else None."""
-        if self.options.cluster_prior == "uniform":
-            return None
-        counts = self.codebook.counts
-        return (counts / counts.sum()).clamp(min=torch.finfo(counts.dtype).tiny).log()

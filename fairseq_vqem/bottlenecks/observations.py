@@ -33,23 +33,25 @@ class ObservationRing(nn.Module):
         self._pending = []
 
     @torch.no_grad()
-    def commit(self, codebook: Tensor) -> None:
-        """Write what all workers added into ``codebook`` ``[K, D]``.
+    def commit(self, start: Tensor, offset: Tensor) -> None:
+        """Make what all workers added entries of the codebook ``start + offset`` ``[K, D]``.
+
+        Only ``start`` is written.
 
         Every worker must call it equally often, with or without observations of its own: the
         others wait for it. All workers write the same rows to the same places.
         """
-        (observed,) = on_any_worker(codebook.device, bool(self._pending))
+        (observed,) = on_any_worker(start.device, bool(self._pending))
         if observed:
-            none = codebook.new_empty(0, codebook.size(1), dtype=torch.float32)
-            self._write(gather_rows(torch.cat([none, *self._pending])), codebook)
+            none = start.new_empty(0, start.size(1), dtype=torch.float32)
+            self._write(gather_rows(torch.cat([none, *self._pending])), start, offset)
         self.discard()
 
-    def _write(self, rows: Tensor, codebook: Tensor) -> None:
-        size = codebook.size(0)
+    def _write(self, rows: Tensor, start: Tensor, offset: Tensor) -> None:
+        size = start.size(0)
         rows = rows[-size:]
         places = (self.seen + torch.arange(rows.size(0), device=rows.device)) % size
-        codebook[places] = rows.to(codebook.dtype)
+        start[places] = (rows - offset[places]).to(start.dtype)
         self.seen += rows.size(0)
 
 
@@ -88,7 +90,7 @@ class ParameterCodebook(Bottleneck):
             self.observations.add(vectors)
 
     def commit(self) -> None:
-        self.observations.commit(self.start)
+        self.observations.commit(self.start, self.offset)
 
     def discard(self) -> None:
         self.observations.discard()

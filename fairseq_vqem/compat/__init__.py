@@ -33,13 +33,14 @@ from fairseq_vqem.compat.messages import (
 )
 from fairseq_vqem.compat.patching import original
 from fairseq_vqem.compat.processes import enable_cpu_data_parallel, enable_torchrun
-from fairseq_vqem.compat.updates import discard_rejected_statistics
+from fairseq_vqem.compat.updates import average_whole_numbers_never, discard_rejected_statistics
 
 __all__ = [
     "SynchronisedStopwatch",
     "allow_fairseq_classes_in_checkpoints",
     "allow_in_checkpoints",
     "apply",
+    "average_whole_numbers_never",
     "copy_checkpoints_atomically",
     "discard_rejected_statistics",
     "enable_cpu_data_parallel",
@@ -69,6 +70,7 @@ def apply() -> None:
     make_batches_every_epoch()
     keep_bf16_off_tpu()
     discard_rejected_statistics()
+    average_whole_numbers_never()
     mend_rerank()
     synchronise_generation_timer()
     honour_sacrebleu_flag()

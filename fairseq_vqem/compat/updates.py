@@ -1,9 +1,12 @@
-"""Updates that are not carried out."""
+"""Updates that are not carried out, and the average of those that are."""
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from fairseq.models.ema.ema import EMA
 from fairseq.trainer import Trainer
+from torch import Tensor, nn
 
 from fairseq_vqem.compat.patching import patch
 
@@ -13,15 +16,64 @@ def discard_rejected_statistics() -> None:
 
     fairseq then forgets the gradients, by ``zero_grad``, but tells neither the task nor the model:
     what the bottleneck has gathered would count in the next M step, with that step's own batch.
+    With --amp it even calls the task's ``optimizer_step``, in which the gradient scaler leaves the
+    parameters alone; so what was gathered is forgotten as soon as the norm is known. All workers
+    have the same norm.
     """
 
-    def build(zero_grad: Callable[..., None]) -> Callable[..., None]:
+    def build_zero(zero_grad: Callable[..., None]) -> Callable[..., None]:
         def forget(self: Any) -> None:
             zero_grad(self)
-            bottleneck = getattr(self.get_model(), "bottleneck", None)
-            if bottleneck is not None:
-                bottleneck.discard()
+            _discard(self)
 
         return forget
 
-    patch(Trainer, "zero_grad", build)
+    def build_clip(clip_grad_norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def clip(self: Any, clip_norm: float) -> Tensor:
+            norm = clip_grad_norm(self, clip_norm)
+            if self.cfg.common.amp and not torch.isfinite(norm).all():
+                _discard(self)
+            return norm
+
+        return clip
+
+    patch(Trainer, "zero_grad", build_zero)
+    patch(Trainer, "clip_grad_norm", build_clip)
+
+
+def _discard(trainer: Any) -> None:
+    bottleneck = getattr(trainer.get_model(), "bottleneck", None)
+    if bottleneck is not None:
+        bottleneck.discard()
+
+
+def average_whole_numbers_never() -> None:
+    """--store-ema multiplies every entry of the state by the decay, counters included, and ends.
+
+    What is no floating-point number, or has changed its size (the rows that a codebook remembers),
+    is copied instead.
+    """
+
+    def build(step: Callable[..., None]) -> Callable[..., None]:
+        def copy_the_rest(self: EMA, new_model: nn.Module, updates: int | None = None) -> None:
+            own = self.model.state_dict()
+            for name, value in new_model.state_dict().items():
+                if not torch.is_tensor(value):
+                    continue
+                resized = name in own and own[name].shape != value.shape
+                if resized:
+                    _resize(self.model, name, value)
+                    self.fp32_params.pop(name, None)
+                if resized or not value.is_floating_point():
+                    self.skip_keys.add(name)
+            step(self, new_model, updates)
+
+        return copy_the_rest
+
+    patch(EMA, "_step_internal", build)
+
+
+def _resize(model: nn.Module, name: str, value: Tensor) -> None:
+    """Give the buffer ``name`` the shape of ``value``; a parameter's shape cannot change."""
+    owner, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(owner), attribute, value.detach().clone())

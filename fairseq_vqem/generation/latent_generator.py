@@ -105,7 +105,7 @@ class LatentGenerator(IterativeRefinementGenerator):
         """`generate` for sources ``[B, S]`` whose candidates all fit into one batch."""
         students = self.students(models)
         encoder_outs = [m.encoder(src_tokens, src_lengths=src_lengths) for m in students]
-        latent = search_latents(students, encoder_outs, src_lengths, self.search)
+        latent = search_latents(students, encoder_outs, src_tokens, src_lengths, self.search)
         candidates = latent.codes.size(1)
         if candidates > 1:
             rows = torch.arange(src_tokens.size(0), device=src_tokens.device)

@@ -10,6 +10,7 @@ from fairseq.utils import new_arange
 from torch import Tensor
 from torch.nn import functional as F
 
+from fairseq_vqem.generation.randomness import sample_by_inversion, sentence_uniforms
 from fairseq_vqem.generation.records import LatentHypothesis, LatentSearchOptions
 from fairseq_vqem.models.vqem_transformer import VQEMTransformer
 from fairseq_vqem.modules.decoders import EncoderOut
@@ -21,20 +22,27 @@ IMPOSSIBLE = -1e9
 def search_latents(
     models: Sequence[VQEMTransformer],
     encoder_outs: Sequence[EncoderOut],
+    src_tokens: Tensor,
     src_lengths: Tensor,
     options: LatentSearchOptions,
 ) -> LatentHypothesis:
     """Find ``options.candidates`` code sequences for each of B sentences.
 
     Several models average their probabilities; they must share one codebook. Each sentence has
-    its own maximum length, so its result does not depend on the batch it is in.
+    its own maximum length and, where codes are sampled, random numbers that depend on its words
+    alone, so its result does not depend on the batch it is in.
 
     Args:
         encoder_outs: one source encoding per model.
+        src_tokens: ``[B, S]`` padded source tokens.
         src_lengths: ``[B]`` source lengths in tokens.
     """
     width = max(options.beam, options.candidates)
     state = _Beams(models, encoder_outs, src_lengths, options, width)
+    if options.temperature:
+        limits = state.limit.view(-1, width)[:, 0] + 1  # and the end
+        uniform = sentence_uniforms(src_tokens, models[0].pad, limits, width)
+        state.uniform = uniform.flatten(0, 1)
     while not state.finished.all():
         state.advance()
     return state.hypotheses(options.candidates)
@@ -68,6 +76,7 @@ class _Beams:
         self.scores = torch.zeros(rows.numel(), device=rows.device)
         self.reward = options.length_reward / self.dictionary.digits
         self.written = torch.zeros_like(self.scores)  # symbols of codes
+        self.uniform: Tensor | None = None  # [B·W, steps], to sample by
         if width > 1 and not options.temperature:
             # all beams start equal: only the first one may be extended at the first step
             self.scores.view(self.batch, width)[:, 1:] = IMPOSSIBLE
@@ -134,7 +143,9 @@ class _Beams:
         """Parent rows, symbols and log-probability gains of the next beams, each ``[B·W]``."""
         rows = torch.arange(scores.size(0), device=scores.device)
         if self.options.temperature:
-            sampled = torch.multinomial((scores / self.options.temperature).softmax(-1), 1)[:, 0]
+            assert self.uniform is not None
+            probabilities = (scores / self.options.temperature).softmax(-1)
+            sampled = sample_by_inversion(probabilities, self.uniform[:, self.tokens.size(1) - 1])
             return rows, sampled, scores.gather(1, sampled.unsqueeze(1))[:, 0]
         if self.width == 1:
             gains, symbols = scores.max(-1)

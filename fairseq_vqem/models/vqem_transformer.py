@@ -25,6 +25,7 @@ from fairseq_vqem.models.config import (
     transformer_config,
 )
 from fairseq_vqem.models.initialise import initialise_from_teacher
+from fairseq_vqem.models.loading import other_architecture, refuse_other_sizes
 from fairseq_vqem.modules.convolutions import Compressor, Expander
 from fairseq_vqem.modules.ctc import CTCOutput, glancing_pass, left_packed
 from fairseq_vqem.modules.decoders import (
@@ -36,8 +37,6 @@ from fairseq_vqem.modules.decoders import (
 from fairseq_vqem.modules.frames import PlannedFrames
 from fairseq_vqem.modules.target_encoder import TargetEncoder, pad_to_multiple
 from fairseq_vqem.schedules import parse_schedule
-
-MAX_REASON = 160
 
 
 @dataclass
@@ -150,6 +149,11 @@ class VQEMTransformer(FairseqEncoderDecoderModel):
             causal=cfg.causal_decoder,
         )
         bottleneck = build_bottleneck(cfg.bottleneck, bottleneck_options(cfg))
+        if str(cfg.code_stream) == "factorised" and bottleneck.digits == 1:
+            raise UserError(
+                "--code-stream factorised writes one symbol per codebook, but there is only one:"
+                " give --num-codebooks or leave it out"
+            )
         model = cls(cfg, encoder, decoder, bottleneck)
         if cfg.init_from and getattr(task, "initialises_models", False):
             initialise_from_teacher(model, cfg.init_from)
@@ -362,6 +366,13 @@ class VQEMTransformer(FairseqEncoderDecoderModel):
         codes = self.posterior_codes(empty, lengths, self.encoder(empty, src_lengths=lengths))
         return int(codes[0, codes.size(1) // 2 :].mode().values)
 
+    def max_positions(self) -> tuple[int, int]:
+        """The longest source and target; with ``--latent-length source`` the source has latents."""
+        source, target = self.encoder.max_positions(), self.decoder.max_positions()
+        if self.cfg.latent_length == "source":
+            source = min(source, target // 2)
+        return source, target
+
     def max_latents(self, src_lengths: Tensor, ratio: float, offset: int) -> Tensor:
         """The most latents a hypothesis may have, from the source length alone, ``[B]``."""
         if self.cfg.latent_length == "source":
@@ -371,24 +382,12 @@ class VQEMTransformer(FairseqEncoderDecoderModel):
         return -(-longest // self.multiple)
 
     def load_state_dict(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As fairseq, but a checkpoint of other sizes is refused in one sentence."""
-        own = self.state_dict()
-        for name, value in state_dict.items():
-            if name in own and torch.is_tensor(value) and value.shape != own[name].shape:
-                raise UserError(
-                    f"the checkpoint does not fit this model: {name} is"
-                    f" {list(value.shape)} there and {list(own[name].shape)} here; use the"
-                    " dictionaries and options (--codebook-size, --embed-dim, …) of its training"
-                )
+        """As fairseq, but a checkpoint of other sizes or parts is refused in one sentence."""
+        refuse_other_sizes(self.state_dict(), state_dict)
         try:
             return super().load_state_dict(state_dict, *args, **kwargs)
-        except RuntimeError as error:  # other parameters: another architecture
-            reason = " ".join(str(error).split())
-            raise UserError(
-                "the checkpoint does not fit this model: it is another architecture's or was made"
-                " with other options; use those of its training, or --init-from to start from an"
-                f" autoregressive teacher ({reason[:MAX_REASON]} …)"
-            ) from error
+        except RuntimeError as error:
+            raise other_architecture(error) from error
 
 
 def build_embedding(dictionary: Dictionary, dimension: int) -> nn.Embedding:

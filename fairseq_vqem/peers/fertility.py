@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import zlib
-
 import torch
 from torch import Tensor
+
+from fairseq_vqem.generation.randomness import sentence_generator
 
 
 def fertilities_of(
@@ -55,8 +55,7 @@ def sample_fertilities(probabilities: Tensor, tokens: Tensor, words: Tensor, cou
     """
     uniform = torch.zeros(tokens.size(0), count, tokens.size(1))
     for row, (sentence, mask) in enumerate(zip(tokens.cpu(), words.cpu(), strict=True)):
-        seed = zlib.crc32(str(sentence[mask].tolist()).encode())
-        draw = torch.Generator().manual_seed(seed)
+        draw = sentence_generator(sentence[mask])
         uniform[row, :, mask] = torch.rand(count, int(mask.sum()), generator=draw)
     cumulative = probabilities.float().cumsum(-1)[..., :-1].unsqueeze(1)  # [B, 1, S, L]
     above = uniform.to(probabilities.device).unsqueeze(-1) >= cumulative

@@ -71,6 +71,8 @@ class TranslationVQEMTask(LearnsCodebook, TranslationTask):
                 raise UserError(
                     f"--{name.replace('_', '-')} is {getattr(cfg, name)}: it must be in [0, 1]"
                 )
+        if cfg.left_pad_target:
+            raise UserError("the latents of a sentence come first: leave out --left-pad-target")
         self.initialises_models = False
         self.generator: LatentGenerator | None = None
 

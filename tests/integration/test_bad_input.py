@@ -152,6 +152,7 @@ MISTAKES = {
     "truncated last checkpoint": (truncated_resume, "checkpoint_last.pt"),
     "missing checkpoint": (missing_checkpoint, "absent.pt"),
     "missing --restore-file": (train("--restore-file", "/absent.pt"), "/absent.pt"),
+    "targets padded on the left": (train("--left-pad-target"), "leave out --left-pad-target"),
     "one code": (train("--codebook-size", 1), "--codebook-size"),
     "no EM samples": (train("--em-samples", 0), "--em-samples"),
     "unknown bottleneck": (train("--bottleneck", "soft"), "--bottleneck soft"),

@@ -16,7 +16,7 @@ OPTIONS = (
     *("--save-interval-updates", SAVE, "--max-update", 3 * SAVE, "--batch-size", 8),
     *("--quantise-schedule", "0:1@25-30", "--gold-schedule", "0.5:0@25-50"),
     *("--word-dropout", "0.3", "--word-shuffle", "0.5", "--lr-scheduler", "warmup_exponential"),
-    *("--warmup-updates", 10),
+    *("--warmup-updates", 10, "--codebook-init", "kmeans++"),
 )
 
 
@@ -71,6 +71,7 @@ def test_killed_and_resumed_training_equals_the_unbroken_one(
     assert "Loaded checkpoint" in outcome.text
     first = state(next(unbroken.glob(f"checkpoint_*_{SAVE}.pt")))["model"]
     assert int(first["bottleneck.codebook.observed"]) > 0
+    assert len(first["bottleneck.codebook.remembered"]) > 0
     assert bool((first["bottleneck.codebook.counts"] == 1).all()), "this is not the warm-up"
     last = state(unbroken / "checkpoint_last.pt")["model"]
     assert not bool((last["bottleneck.codebook.counts"] == 1).any()), "no M step was made"

@@ -33,7 +33,8 @@ def search(
     net = batch["net_input"]
     with torch.no_grad():
         outs = [m.encoder(net["src_tokens"], src_lengths=net["src_lengths"]) for m in models]
-        return search_latents(models, outs, net["src_lengths"], LatentSearchOptions(**options))
+        source = net["src_tokens"], net["src_lengths"]
+        return search_latents(models, outs, *source, LatentSearchOptions(**options))
 
 
 def words(hypotheses: Hypotheses) -> list[list[list[int]]]:

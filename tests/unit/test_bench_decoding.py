@@ -115,9 +115,10 @@ def codes_of(generator, contender: ForcedStudent, batch) -> int:  # type: ignore
     from fairseq_vqem.generation.latent_search import search_latents
 
     model = contender.engine.translator.models[0]
-    lengths = batch["net_input"]["src_lengths"]
-    encoded = model.encoder(batch["net_input"]["src_tokens"], src_lengths=lengths)
-    found = search_latents([model], [encoded], lengths, generator.search)
+    net = batch["net_input"]
+    encoded = model.encoder(net["src_tokens"], src_lengths=net["src_lengths"])
+    source = net["src_tokens"], net["src_lengths"]
+    found = search_latents([model], [encoded], *source, generator.search)
     return int((found.codes[0, 0] >= 0).sum())
 
 

@@ -133,7 +133,9 @@ def test_greedy_search_writes_whole_codes(tiny: Any, seed: int) -> None:
     with torch.no_grad():
         encoder_out = model.encoder(net["src_tokens"], src_lengths=net["src_lengths"])
         options = LatentSearchOptions(max_ratio=2.0, max_offset=16)
-        result = search_latents([model], [encoder_out], net["src_lengths"], options)
+        result = search_latents(
+            [model], [encoder_out], net["src_tokens"], net["src_lengths"], options
+        )
         wanted = follow_greedily(model, batch)
     codes = [[c for c in row[0] if c >= 0] for row in result.codes.tolist()]
     assert codes == wanted
@@ -162,7 +164,9 @@ def test_stopping_at_the_pad_latent(tiny: Any) -> None:
         with torch.no_grad():
             encoder_out = model.encoder(net["src_tokens"], src_lengths=net["src_lengths"])
             options = LatentSearchOptions(stop_code=stop)
-            found = search_latents([model], [encoder_out], net["src_lengths"], options)
+            found = search_latents(
+                [model], [encoder_out], net["src_tokens"], net["src_lengths"], options
+            )
         return [[c for c in row[0] if c >= 0] for row in found.codes.tolist()]
 
     whole = codes(None)

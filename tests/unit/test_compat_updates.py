@@ -1,4 +1,4 @@
-"""What a rejected update has gathered does not reach the codebook."""
+"""A rejected update leaves no trace in the codebook; --store-ema averages what can be averaged."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from bottleneck_helpers import EM_KINDS, assert_same_state, make_em, state
+from fairseq.dataclass.configs import EMAConfig
+from fairseq.models.ema.ema import EMA
 from fairseq.trainer import Trainer
 
 from fairseq_vqem import compat
+from fairseq_vqem.bottlenecks import BottleneckOptions, build_bottleneck
 
 
 @pytest.mark.parametrize("kind", EM_KINDS)
@@ -31,6 +34,48 @@ def test_a_rejected_update_leaves_no_trace_in_the_codebook(kind: str) -> None:
         bottleneck.commit()
     assert cleared == [True]
     assert_same_state(state(wanted), state(found))
+
+
+@pytest.mark.parametrize("kind", EM_KINDS)
+@pytest.mark.parametrize("amp", [True, False])
+@pytest.mark.parametrize("norm", [float("inf"), float("nan"), 1.0])
+def test_an_overflow_under_amp_is_no_m_step(kind: str, amp: bool, norm: float) -> None:
+    """fairseq still calls the task's ``optimizer_step``, in which the parameters are left alone."""
+    bottleneck = make_em(kind)
+    before = state(bottleneck)
+    trainer = SimpleNamespace(
+        optimizer=SimpleNamespace(clip_grad_norm=lambda *_, **__: torch.tensor(norm)),
+        get_model=lambda: SimpleNamespace(bottleneck=bottleneck),
+        cfg=SimpleNamespace(common=SimpleNamespace(amp=amp)),
+        is_fsdp=False,
+    )
+    bottleneck(torch.randn(9, 4))
+    assert Trainer.clip_grad_norm(trainer, 1.0).isfinite() == (norm == 1.0)
+    bottleneck.commit()
+    after = state(bottleneck)
+    changed = not torch.equal(before["codebook.embeddings"], after["codebook.embeddings"])
+    assert changed == (norm == 1.0 or not amp)  # without amp fairseq raises
+
+
+@pytest.mark.parametrize("fp32", [False, True])
+@pytest.mark.parametrize("kind", ["hard-em", "soft-em", "gradient-vq", "gm-vq", "semhash"])
+def test_the_average_of_a_model_copies_its_counters(kind: str, fp32: bool) -> None:
+    options = dict(codebook_init="kmeans++", dead_code_threshold=0.1) if "em" in kind[-3:] else {}
+    size = 8
+    model = build_bottleneck(kind, BottleneckOptions(size, 4, **options))  # type: ignore[arg-type]
+    start = state(model)
+    ema = EMA(model, EMAConfig(store_ema=True, ema_decay=0.75, ema_fp32=fp32))
+    model.observe(torch.randn(20, 4))
+    model.commit()
+    ema.step(model, 1)
+    averaged, now = ema.get_model().state_dict(), model.state_dict()
+    assert averaged.keys() == now.keys()
+    for name, value in now.items():
+        if value.shape != start[name].shape or not value.is_floating_point():
+            assert torch.equal(averaged[name], value), name
+        else:
+            wanted = 0.75 * start[name] + 0.25 * value
+            torch.testing.assert_close(averaged[name], wanted, msg=name)
 
 
 def test_models_without_a_codebook_are_left_alone() -> None:

@@ -99,6 +99,16 @@ def test_the_learned_prior_counts_in_evaluation() -> None:
 # --- a prior of each row's own -------------------------------------------------------------------
 
 
+def test_hard_em_goes_to_the_mode_under_a_learned_prior() -> None:
+    """Equal at 4x = log 1/9, that is, x = -0.549; in training and in evaluation."""
+    bottleneck = make("hard-em", 2, 1, cluster_prior="learned")
+    set_codes(bottleneck, torch.tensor([[-1.0], [1.0]]), torch.tensor([1.0, 9.0]))
+    rows = torch.tensor([[-0.6], [-0.5], [0.0], [0.5]])
+    for each in (bottleneck.train(), bottleneck.eval()):
+        assert each(rows).codes.tolist() == [0, 1, 1, 1]
+    assert make("hard-em", 2, 1, cluster_prior="uniform").log_prior() is None
+
+
 @pytest.mark.parametrize("kind", ["hard-em", "soft-em"])
 def test_prior_in_units_of_the_quantisation_error(kind: str) -> None:
     """The code least by distance/error - log_prior; the error is the mean nearest distance."""

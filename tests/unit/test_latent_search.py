@@ -10,6 +10,7 @@ import pytest
 import torch
 from generation_helpers import forced, forced_score, generate, rows, search
 
+from fairseq_vqem.generation.randomness import sample_by_inversion
 from fairseq_vqem.generation.records import LatentSearchOptions
 from fairseq_vqem.models import VQEMTransformer
 
@@ -133,9 +134,7 @@ def test_candidates_are_distinct_sorted_and_counted(tiny: Any) -> None:
 
 def test_sampling_is_reproducible_and_follows_the_model(tiny: Any) -> None:
     model, batch = tiny.model(codebook_size=3), tiny.batch([([5, 6], [7])])
-    torch.manual_seed(0)
     first = search(model, batch, temperature=1.0, candidates=400)
-    torch.manual_seed(0)
     again = search(model, batch, temperature=1.0, candidates=400)
     assert torch.equal(first.codes, again.codes) and torch.equal(first.scores, again.scores)
     _, logs = forced(model, batch, [0])
@@ -149,6 +148,25 @@ def test_sampling_is_reproducible_and_follows_the_model(tiny: Any) -> None:
         assert score == pytest.approx(forced_score(model, batch, codes, limit), abs=1e-3)
     cold = search(model, batch, temperature=1e-4, candidates=5)
     assert {tuple(c) for c in rows(cold)[0]} == {tuple(rows(search(model, batch))[0][0])}
+
+
+def test_samples_belong_to_the_sentence(tiny: Any) -> None:
+    """Neither the batch nor the number of candidates changes a sample."""
+    model, pairs = tiny.model(), [([5] * n, [6]) for n in (1, 4, 9)]
+    together = search(model, tiny.batch(pairs), temperature=1.0, candidates=3)
+    for place, pair in enumerate(pairs):
+        alone = search(model, tiny.batch([pair]), temperature=1.0, candidates=3)
+        assert rows(alone)[0] == rows(together)[place]
+        more = search(model, tiny.batch([pair]), temperature=1.0, candidates=8)
+        assert all(codes in rows(more)[0] for codes in rows(alone)[0])
+    assert len({tuple(codes) for codes in rows(together)[2]}) > 1
+
+
+def test_what_is_impossible_is_never_drawn() -> None:
+    probabilities = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]])
+    for number, wanted in ((0.0, 1), (0.499, 1), (0.5, 3), (1 - 2**-53, 3)):
+        drawn = sample_by_inversion(probabilities, torch.tensor([number], dtype=torch.float64))
+        assert drawn.tolist() == [wanted]
 
 
 # --- how many -------------------------------------------------------------------------------------

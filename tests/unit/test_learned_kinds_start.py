@@ -32,6 +32,18 @@ def test_warm_up_fills_the_codebook_with_the_newest_rows(kind: str, dtype: torch
 
 
 @pytest.mark.parametrize("kind", PARAMETER_KINDS)
+def test_a_second_warm_up_allows_for_what_was_learned(kind: str) -> None:
+    bottleneck = make(kind, size=5, dimension=1)
+    assert isinstance(bottleneck, ParameterCodebook)
+    with torch.no_grad():
+        bottleneck.offset.fill_(3.0)
+    bottleneck.observe(torch.arange(5.0).unsqueeze(1))
+    bottleneck.commit()
+    assert bottleneck.embeddings.detach().squeeze(1).tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
+    assert (bottleneck.offset == 3.0).all()
+
+
+@pytest.mark.parametrize("kind", PARAMETER_KINDS)
 def test_dummy_batches_and_discarded_ones_leave_no_trace(kind: str) -> None:
     bottleneck = make(kind)
     before = state(bottleneck)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from bottleneck_helpers import assert_same_state, state
 from model_helpers import assert_user_error, codes, forward, loss_function
 from omegaconf import OmegaConf
 
@@ -98,6 +99,9 @@ def test_too_long_target(tiny: Any) -> None:
         (dict(gold_schedule="soon"), "not a schedule"),
         (dict(predictor_prior="-1"), "below its minimum"),
         (dict(predictor_prior="0:1@5", bottleneck="semhash"), "needs soft-em or hard-em"),
+        (dict(code_stream="factorised"), "there is only one"),
+        (dict(code_stream="factorised", bottleneck="semhash", codebook_size=16), "only one"),
+        (dict(cluster_prior="learned", bottleneck="gumbel"), "does not know --cluster-prior"),
         (dict(predictor_prior="0.1", num_codebooks=2, codebook_size=16), "needs soft-em or hard"),
     ],
 )
@@ -113,6 +117,29 @@ def test_checkpoint_of_other_sizes(tiny: Any) -> None:
     assert torch.equal(
         same.decoder.embed_tokens.weight, tiny.model(seed=2).decoder.embed_tokens.weight
     )
+
+
+@pytest.mark.parametrize("codebooks", [1, 2])
+def test_a_checkpoint_of_the_warm_up_holds_any_number_of_remembered_rows(
+    tiny: Any, codebooks: int
+) -> None:
+    options = dict(codebook_init="kmeans++", num_codebooks=codebooks, codebook_size=16)
+    model = tiny.model(**options)
+    model.bottleneck.observe(torch.randn(20, model.cfg.embed_dim))
+    model.bottleneck.commit()
+    other = tiny.model(seed=1, **options)
+    other.load_state_dict(model.state_dict())
+    assert_same_state(state(model), state(other))
+
+
+def test_where_the_source_has_latents_it_counts_twice(tiny: Any) -> None:
+    limits = dict(max_source_positions=16, max_target_positions=20)
+    assert tiny.model(**limits).max_positions() == (16, 20)
+    model = tiny.model(latent_length="source", **limits)
+    assert model.max_positions() == (10, 20)
+    forward(model, tiny.batch([([5] * 9, [6])]))  # with the end, as long as it may be
+    limits["max_target_positions"] = 100
+    assert tiny.model(latent_length="source", **limits).max_positions() == (16, 100)
 
 
 def test_pad_code_needs_the_source_length_mode(tiny: Any) -> None:
