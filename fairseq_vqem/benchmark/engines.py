@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -159,13 +160,27 @@ class CTranslate2Engine:
         return self.subwords.decode(" ".join(output))
 
 
-def check_engine(name: str, device: str) -> None:
-    """Raise UserError if there is no such engine, or not on ``device``, or it is not installed."""
+def engine_versions(name: str) -> dict[str, str]:
+    """Versions of what the engine ``name`` needs beside torch and fairseq."""
+    return {package: metadata.version(package) for package in PACKAGES[name]}
+
+
+def check_engine(name: str, device: str, weights: str = "float32") -> None:
+    """Raise UserError if there is no such engine, or it is not installed, or not fit.
+
+    Args:
+        device: where it is to run.
+        weights: of an exported student; ``int8`` needs a processor that multiplies exactly.
+    """
     if name not in PACKAGES:
         raise UserError(f"there is no engine {name!r}: choose from {', '.join(PACKAGES)}")
     if name == "exported" and device != "cpu":
         raise UserError("the engine exported runs on the CPU only: leave such rows out")
     need_packages(f"the engine {name}", *PACKAGES[name])
+    if name == "exported" and weights == "int8":
+        from fairseq_vqem.export.artefact import need_integer_products
+
+        need_integer_products()
 
 
 def load_engine(

@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
@@ -46,6 +46,8 @@ class Signature:
     """Metric name to sacreBLEU signature; empty when nothing was scored."""
     date: str
     """UTC, ISO 8601, to the second."""
+    engines: dict[str, str] = field(default_factory=dict)
+    """Package to version of what translated beside torch."""
 
 
 def make_signature(
@@ -56,6 +58,7 @@ def make_signature(
     device: str = "cpu",
     dtype: str = "float32",
     sacrebleu: Mapping[str, str] | None = None,
+    engines: Mapping[str, str] | None = None,
 ) -> Signature:
     """Describe this process; call it after the number of threads has been set.
 
@@ -64,12 +67,11 @@ def make_signature(
         data: binarised data, whose checksum is recorded.
         device: a torch device name.
         sacrebleu: metric name to signature, as ``Scores.signatures`` gives it.
+        engines: package to version of what translated beside torch.
 
     Raises:
         UserError: `data` was not made by ``fairseq-vqem prepare``.
     """
-    import torch
-
     commit, dirty = git_state(Path(__file__).resolve().parent)
     return Signature(
         command=portable_command(sys.argv if command is None else command),
@@ -77,14 +79,14 @@ def make_signature(
         dirty=dirty,
         data_checksum=_checksum(data),
         seed=seed,
-        torch=torch.__version__,
-        fairseq=_fairseq_version(),
+        **library_versions(),
         python=platform.python_version(),
         device=device_name(device),
-        threads=torch.get_num_threads(),
+        threads=_threads(),
         dtype=dtype,
         sacrebleu=dict(sacrebleu or {}),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
+        engines=dict(engines or {}),
     )
 
 
@@ -163,6 +165,19 @@ def _checksum(data: Path | None) -> str | None:
     from fairseq_vqem.corpora.binarise import data_checksum
 
     return data_checksum(data)
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of torch and fairseq."""
+    import torch
+
+    return {"torch": str(torch.__version__), "fairseq": _fairseq_version()}
+
+
+def _threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
 
 
 def _fairseq_version() -> str:

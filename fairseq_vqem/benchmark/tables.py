@@ -241,7 +241,13 @@ def _signature_line(signature: Mapping[str, Any]) -> str:
         f"commit {commit[:COMMIT_DIGITS]}{'+' if signature.get('dirty') else ''}" if commit else "",
         f"data {signature['data_checksum']}" if signature.get("data_checksum") else "",
         f"{signature.get('device')}, {signature.get('threads')} threads, {signature.get('dtype')}",
-        f"torch {signature.get('torch')}, fairseq {signature.get('fairseq')}",
+        ", ".join(
+            f"{name} {version}"
+            for name, version in (
+                *(("torch", signature.get("torch")), ("fairseq", signature.get("fairseq"))),
+                *(signature.get("engines") or {}).items(),
+            )
+        ),
         *(f"{name} `{text}`" for name, text in (signature.get("sacrebleu") or {}).items()),
         str(signature.get("date"))[:10],
     ]

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
+from fairseq_vqem.benchmark.signature import code_checksum
 from fairseq_vqem.benchmark.splits import languages
 from fairseq_vqem.benchmark.tables import render_table
 from fairseq_vqem.compare.fairness import check_no_leak, check_same_outputs
 from fairseq_vqem.compare.further import write_further_tables
 from fairseq_vqem.compare.measurements import loader, time_rows, translate_rows
 from fairseq_vqem.compare.page import write_page
-from fairseq_vqem.compare.report import Findings, write_comparison
+from fairseq_vqem.compare.report import Findings, report_folder, write_comparison
 from fairseq_vqem.compare.settings import Settings, read_settings
 from fairseq_vqem.corpora.files import read_lines, replacing, write_columns
 from fairseq_vqem.pipeline import stages
@@ -36,6 +37,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def _run(arguments: argparse.Namespace) -> int:
     started = time.monotonic()
+    code_checksum()  # of the code as it is loaded, before hours of training
     run = stages.Run(
         read_recipe(arguments.recipe, arguments.scale), arguments.out.resolve(), arguments.device
     )
@@ -54,7 +56,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def compare(run: stages.Run, settings: Settings) -> str:
     """Translate, score and time every system; write ``compare.{json,md,html}``, `HYPOTHESES`, and
-    the tables of `write_further_tables`.
+    the tables of `write_further_tables` into the `report_folder`.
 
     Returns:
         The tables as Markdown.
@@ -82,15 +84,17 @@ def compare(run: stages.Run, settings: Settings) -> str:
         *(run, settings, systems, sources, references),
         *(hypotheses, translations.parameters, timings, same),
     )
-    table, result = write_comparison(run.out / "compare.json", findings)
+    folder = report_folder(run)
+    folder.mkdir(exist_ok=True)
+    table, result = write_comparison(folder / "compare.json", findings)
     seconds = {name: np.asarray(timings["seconds"][name]) for name in systems}
     texts = {"source": sources, "reference": references, **hypotheses}
-    write_columns(run.out / HYPOTHESES, texts)
-    page = run.out / "compare.html"
+    write_columns(folder / HYPOTHESES, texts)
+    page = folder / "compare.html"
     further = write_further_tables(findings, result["signature"]["sacrebleu"])
     write_page(page, table, further, result, seconds, timings["source_tokens"], texts)
     tables = [table, *further.values()]
     text = "\n\n".join(render_table(each, result["signature"]) for each in tables)
-    with replacing(run.out / "compare.md") as temporary:
+    with replacing(folder / "compare.md") as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
     return f"\n{text}\n\nReport: {page}"

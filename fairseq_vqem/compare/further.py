@@ -9,7 +9,7 @@ from fairseq_vqem.benchmark.scoring import SEED, paired_bootstrap, score
 from fairseq_vqem.benchmark.signature import make_signature
 from fairseq_vqem.benchmark.tables import MISSING, ResultRow, ResultTable, write_table
 from fairseq_vqem.compare.report import Findings, p_text, students_with_latents
-from fairseq_vqem.pipeline.report import best_validation
+from fairseq_vqem.pipeline.report import used_validation
 
 PAIRS, GROUPS, LATENTS = "pairs", "groups", "latents"
 TITLES = {
@@ -51,14 +51,18 @@ def write_further_tables(
         (GROUPS, group_rows(findings), GROUP_COLUMNS),
         (LATENTS, latent_rows(findings), tuple(LATENT_COLUMNS)),
     ):
-        path = run.out / f"{name}.json"
+        path = findings.folder / f"{name}.json"
         if not rows:
             path.unlink(missing_ok=True)
             continue
         table = ResultTable(f"{run.recipe.name}-{name}", rows, ["system", *columns])
         seed = SEED if name == PAIRS else run.recipe.seed
         signature = make_signature(
-            data=run.data, seed=seed, device=run.device, sacrebleu=dict(sacrebleu)
+            data=run.data,
+            seed=seed,
+            device=run.device,
+            sacrebleu=sacrebleu,
+            engines=findings.engines,
         )
         write_table(path, table, signature)
         tables[TITLES[name]] = table
@@ -86,7 +90,9 @@ def group_rows(findings: Findings) -> list[ResultRow]:
         scores = [
             score(findings.hypotheses[name], findings.references, bootstrap=0) for name in names
         ]
-        valid = [best_validation(findings.run.out / findings.systems[name].model) for name in names]
+        valid = [
+            used_validation(findings.run.student(findings.systems[name].model)) for name in names
+        ]
         cells = (
             str(len(names)),
             spread([each.bleu for each in scores]),
@@ -107,10 +113,10 @@ def spread(values: Sequence[float | str | None], digits: int = 2) -> str:
 
 
 def latent_rows(findings: Findings) -> list[ResultRow]:
-    """What the validation of each student with latents logged at its best checkpoint."""
+    """What the validation of each student with latents logged at the checkpoint that is used."""
     rows = []
     for name in students_with_latents(findings.systems):
-        values = best_validation(findings.run.out / name)
+        values = used_validation(findings.run.student(name))
         cells = {title: str(values.get(key, MISSING)) for title, key in LATENT_COLUMNS.items()}
         rows.append(ResultRow(name, extra=cells))
     return rows

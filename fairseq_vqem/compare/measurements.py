@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from fairseq_vqem.benchmark.engines import Engine, load_engine, translate_all
@@ -15,11 +13,12 @@ from fairseq_vqem.benchmark.latency import (
     source_lengths,
     time_engines,
 )
-from fairseq_vqem.benchmark.signature import code_checksum, device_name, make_signature
+from fairseq_vqem.benchmark.signature import device_name, make_signature
 from fairseq_vqem.benchmark.throughput import time_batches
 from fairseq_vqem.compare.fairness import check_complete
-from fairseq_vqem.compare.settings import Settings
-from fairseq_vqem.corpora.files import file_sha256, read_json, write_json
+from fairseq_vqem.compare.settings import KEPT, Settings
+from fairseq_vqem.corpora.files import read_json, write_json
+from fairseq_vqem.pipeline.kept import file_name, identity, plain
 from fairseq_vqem.pipeline.stages import Run, System
 
 BURN_IN = 10
@@ -58,7 +57,7 @@ def translate_rows(
     """Translations of ``sources`` by every system, from disk where they are up to date."""
     found = Translations({}, {})
     for name, system in systems.items():
-        path = run.out / "compare" / f"{file_name(name)}.json"
+        path = run.out / KEPT / f"{file_name(name)}.json"
         identity = _identity(system)
         kept = read_json(path) if path.is_file() else {}
         if kept.get("system") != identity:
@@ -92,7 +91,7 @@ def time_rows(
         size the seconds ([repeats]) by system for ``throughput_sentences``; ``signature`` says
         how they were made, perhaps by an earlier call.
     """
-    path = run.out / "compare" / "timings.json"
+    path = run.out / KEPT / f"timings-{run.recipe.name}.json"
     wanted = _conditions(run, systems, settings)
     kept = read_json(path) if path.is_file() else {}
     if kept.get("of") != wanted:
@@ -119,7 +118,7 @@ def _conditions(run: Run, systems: Mapping[str, System], settings: Settings) -> 
     """What kept timings must have been made with to be used again."""
     import torch
 
-    found: dict[str, Any] = _plain(
+    found: dict[str, Any] = plain(
         {
             "systems": {name: _identity(system) for name, system in systems.items()},
             "latency": run.recipe.latency,
@@ -156,27 +155,8 @@ def _time_sentences(
     }
 
 
-def file_name(system: str) -> str:
-    """A system's name as a file name."""
-    return re.sub(r"[^\w.+-]+", "-", system).strip("-")
-
-
 def _identity(system: System) -> dict[str, Any]:
-    """Changes when the checkpoints, the options or the code do."""
-    checksums = [file_sha256(Path(part)) for part in system.checkpoints.split(":")]
-    return {
-        "checkpoints": checksums,
-        "options": _plain(system.options),
-        "task": system.task,
-        "code": code_checksum(),
-    }
-
-
-def _plain(value: Any) -> Any:
-    """``value`` as JSON gives it back."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items()}
-    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
+    return identity(system.checkpoints, system.options, system.task)
 
 
 def _seed(seed: int) -> None:

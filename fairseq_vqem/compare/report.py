@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from fairseq_vqem.analysis.usage import code_counts
+from fairseq_vqem.benchmark.engines import engine_versions
 from fairseq_vqem.benchmark.scoring import PairedScore, Scores, paired_bootstrap, score
 from fairseq_vqem.benchmark.signature import make_signature
 from fairseq_vqem.benchmark.tables import ResultRow, ResultTable, latency_columns, write_table
@@ -38,6 +39,21 @@ class Findings:
     timings: Mapping[str, Any]
     same_outputs: Mapping[str, float]
 
+    @property
+    def folder(self) -> Path:
+        """Where the report goes: recipes that share a folder have reports of their own."""
+        return report_folder(self.run)
+
+    @property
+    def engines(self) -> dict[str, str]:
+        """Package to version of all engines."""
+        names = {system.options.get("engine", "fairseq") for system in self.systems.values()}
+        return {
+            package: version
+            for name in sorted(names)
+            for package, version in engine_versions(name).items()
+        }
+
     def seconds(self, system: str) -> np.ndarray:
         """Timings of shape [repeats, sentences]."""
         return np.asarray(self.timings["seconds"][system])
@@ -47,6 +63,11 @@ class Findings:
         timings = self.timings["throughput"]
         seconds = {size: timings[str(size)][system] for size in self.settings.batch_sizes}
         return summarise_throughput(seconds, self.timings["throughput_sentences"])
+
+
+def report_folder(run: Run) -> Path:
+    """The folder of the report in that of the run."""
+    return run.out / run.recipe.name
 
 
 def make_table(findings: Findings) -> tuple[ResultTable, dict[str, Any]]:
@@ -91,6 +112,7 @@ def write_comparison(path: Path, findings: Findings) -> tuple[ResultTable, dict[
         seed=findings.run.recipe.seed,
         device=findings.run.device,
         sacrebleu=details.pop("sacrebleu"),
+        engines=findings.engines,
     )
     write_table(path, table, signature, **details)
     return table, {**details, "signature": asdict(signature)}
@@ -120,7 +142,9 @@ def _row(
         extra[_speedup_heading(baseline)] = str(gain)
     extra[THROUGHPUT] = f"{throughput.best:.1f} ({throughput.best_batch_size})"
     extra[TRAINING] = _whole(cost.get("target_tokens_per_second"))
-    extra[MEMORY] = _whole(cost.get("peak_memory_mib"))
+    # what a process holds beside a GPU says nothing about the training
+    on_cpu = findings.run.device == "cpu"
+    extra[MEMORY] = _whole(cost.get("peak_memory_mib") if on_cpu else None)
     return ResultRow(
         system=name,
         bleu=scores.bleu,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,8 @@ from fairseq_vqem.errors import UserError
 from fairseq_vqem.export.graphs import StudentGraphs, integer_probe
 from fairseq_vqem.export.onnx_graph import WEIGHTS_FILE, WeightFile
 from fairseq_vqem.export.parallel import CTCGraphs
-from fairseq_vqem.export.standalone import manifest
+from fairseq_vqem.export.standalone import StandaloneError, manifest
+from fairseq_vqem.export.standalone.runtime import Graph, check_integer_products
 from fairseq_vqem.export.teacher import TeacherGraph
 from fairseq_vqem.generation.api import Translator
 
@@ -98,6 +100,19 @@ def write_graphs(
             made[manifest.PROBE] = integer_probe(file)
     for name, graph in made.items():
         (folder / f"{name}.onnx").write_bytes(graph.SerializeToString())
+
+
+def need_integer_products() -> None:
+    """Raise UserError where this processor cannot run exports with int8 weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)
+        with WeightFile(path / WEIGHTS_FILE) as file:
+            probe = integer_probe(file)
+        (path / f"{manifest.PROBE}.onnx").write_bytes(probe.SerializeToString())
+        try:
+            check_integer_products(Graph(path / f"{manifest.PROBE}.onnx", 1))
+        except StandaloneError as error:
+            raise UserError(str(error)) from error
 
 
 def longest_output(model: Any, options: manifest.Options) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,9 +132,12 @@ def export(
     need_packages("exporting", "onnx", "onnxruntime")
     if out.exists():
         raise UserError(f"{out} exists already; delete it or give another --out.")
-    from fairseq_vqem.export.artefact import write_artefact
+    from fairseq_vqem.export.artefact import need_integer_products, write_artefact
+    from fairseq_vqem.export.standalone import StandaloneError
     from fairseq_vqem.generation.api import Translator, task_of
 
+    if weights == "int8":
+        need_integer_products()
     models = str(checkpoint) if teacher is None else f"{checkpoint}:{teacher}"
     overrides = dict(task_overrides or {})
     generation: dict[str, Any] = {"iter_decode_eos_penalty": eos_penalty}
@@ -149,7 +153,11 @@ def export(
         overrides["rescore"] = "teacher"
     translator = Translator.from_checkpoint(models, data, task_overrides=overrides, **generation)
     write_artefact(out, translator, decoding_options(translator), weights)
-    return _checked_agreement(translator, out, weights)
+    try:
+        return _checked_agreement(translator, out, weights)
+    except StandaloneError as error:  # the runtime cannot load what was written
+        shutil.rmtree(out)
+        raise UserError(str(error)) from error
 
 
 def decoding_options(translator: Translator) -> Options:

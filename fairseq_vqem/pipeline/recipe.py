@@ -13,6 +13,7 @@ from fairseq_vqem.errors import UserError
 
 Options = dict[str, Any]
 EXTENDS, SCALE = "extends", "{scale}"
+FORBIDDEN = {"students": ":/\\=", "variants": "="}  # folders, and both go into NAME=VALUE
 REQUIRED = ("name", "prepare", "common", "teacher", "students")
 
 
@@ -72,6 +73,17 @@ def read_recipe(path: Path, scale: str = "cpu") -> Recipe:
     missing = [key for key in REQUIRED if key not in content]
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}")
+    for key, value in content.items():
+        if key not in ("name", "seed") and not isinstance(value, dict):
+            raise UserError(f"{path}: {key} is {value}, not options: give some or leave it out")
+    for key, forbidden in FORBIDDEN.items():
+        for name, options in content.get(key, {}).items():
+            if not isinstance(options, dict):
+                raise UserError(f"{path}: {name!r} among the {key} is {options}, not options")
+            if set(str(name)) & set(forbidden):
+                raise UserError(
+                    f"{path}: {name!r} among the {key} must be without any of {forbidden}"
+                )
     return Recipe(**content)
 
 

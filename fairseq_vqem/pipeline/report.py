@@ -7,6 +7,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from fairseq import checkpoint_utils
+
 from fairseq_vqem.benchmark.scoring import paired_bootstrap, score
 from fairseq_vqem.benchmark.signature import make_signature
 from fairseq_vqem.benchmark.tables import (
@@ -128,17 +130,18 @@ def training_summary(folder: Path, items: str = "target_tokens") -> dict[str, An
     return {**summary, "peak_memory_mib": finished.get("peak_memory_mib")}
 
 
-def best_validation(folder: Path) -> dict[str, Any]:
-    """What was logged when the checkpoint that is used, the best by BLEU, was validated.
+def used_validation(checkpoint: Path) -> dict[str, Any]:
+    """What was logged when ``checkpoint`` was validated, empty where that is not in the log.
 
-    The last of equals, as fairseq keeps it; nothing where no validation reports BLEU.
+    Not every validation has a checkpoint, so the best one in the log need not be it.
     """
-    scored = [
-        values
-        for kind, values in read_log(folder / LOG)
-        if kind == "valid" and "valid_bleu" in values
-    ]
-    return max(reversed(scored), key=lambda values: float(values["valid_bleu"]), default={})
+    state = checkpoint_utils.load_checkpoint_to_cpu(str(checkpoint))
+    updates = state["optimizer_history"][-1]["num_updates"]
+    found: dict[str, Any] = {}
+    for kind, values in read_log(checkpoint.parent / LOG):
+        if kind == "valid" and int(float(values["valid_num_updates"])) == updates:
+            found = values
+    return found
 
 
 def examples(

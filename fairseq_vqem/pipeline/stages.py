@@ -8,10 +8,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fairseq_vqem.analysis.posterior import reconstruct
 from fairseq_vqem.benchmark.engines import check_engine, load_engine, translate_all
 from fairseq_vqem.benchmark.scoring import read_generate_output
+from fairseq_vqem.benchmark.signature import device_name
 from fairseq_vqem.benchmark.splits import languages
 from fairseq_vqem.corpora.binarise import data_checksum
 from fairseq_vqem.corpora.distill import REPORT, check_plan
@@ -27,6 +29,7 @@ from fairseq_vqem.corpora.subwords import load_subwords
 from fairseq_vqem.corpora.teaching import Teaching
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.peers.alignments import alignment_prefix
+from fairseq_vqem.pipeline.kept import file_name, forget, identity, is_current, remember
 from fairseq_vqem.pipeline.recipe import Options, Recipe, flags
 from fairseq_vqem.pipeline.training import train
 
@@ -59,6 +62,10 @@ class Run:
     out: Path
     device: str
 
+    def __post_init__(self) -> None:
+        if ":" in str(self.out):
+            raise UserError(f"--out {self.out} has a colon, which joins paths: choose another")
+
     @property
     def data(self) -> Path:
         return self.out / "corpus" / "binarised"
@@ -75,24 +82,31 @@ class Run:
         return self.out / name / "checkpoint_best.pt"
 
     def translations(self, system: str) -> Path:
-        return self.out / "translations" / f"{system.replace(', ', '-').replace(' ', '')}.txt"
+        return self.out / "translations" / f"{file_name(system)}.txt"
 
 
 def run_command(words: Sequence[str], log: Path | None = None) -> None:
     """Run ``fairseq-vqem`` or fairseq in a process of its own; ``UserError`` where it fails."""
     if log is None:
-        result = subprocess.run([sys.executable, "-m", *words], check=False)
-        if result.returncode:
+        if _status([sys.executable, "-m", *words]):
             raise UserError(f"this step failed: {' '.join(words)}")
         return
     with replacing(log) as temporary, temporary.open("w", encoding="utf-8") as sink:
-        result = subprocess.run(
-            [sys.executable, "-m", *words], stdout=sink, stderr=subprocess.STDOUT, check=False
-        )
-        if result.returncode:
+        if _status([sys.executable, "-m", *words], stdout=sink, stderr=subprocess.STDOUT):
             kept = log.with_suffix(".failed")
             temporary.rename(kept)
             raise UserError(f"this step failed: {' '.join(words)}; its output is in {kept}")
+
+
+def _status(command: Sequence[str], **streams: Any) -> int:
+    """Run ``command``; where this process is stopped, the other one ends its own workers too."""
+    process = subprocess.Popen(command, **streams)
+    try:
+        return process.wait()
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
 
 
 def prepare(run: Run) -> None:
@@ -196,7 +210,8 @@ def align(run: Run, data: Path) -> None:
 def check_engines(run: Run) -> None:
     """Raise UserError if a row needs an engine that is not installed: before hours of training."""
     for system in systems(run).values():
-        check_engine(system.options.get("engine", "fairseq"), run.device)
+        engine, weights = system.options.get("engine", "fairseq"), system.options.get("weights")
+        check_engine(engine, run.device, str(weights or "float32"))
 
 
 def systems(run: Run) -> dict[str, System]:
@@ -214,6 +229,11 @@ def systems(run: Run) -> dict[str, System]:
         if model != TEACHER and model not in run.recipe.students:
             raise UserError(f"the variant {name!r} decodes {model!r}, which is no student")
         found[name] = _system(run, model, options)
+    files: dict[str, str] = {}
+    for name in found:
+        other = files.setdefault(file_name(name), name)
+        if other != name:
+            raise UserError(f"the systems {other!r} and {name!r} need names that differ in letters")
     return found
 
 
@@ -227,13 +247,24 @@ def _system(run: Run, model: str, options: Options) -> System:
 
 
 def translate(run: Run, name: str) -> None:
-    """The test set through fairseq-generate."""
-    if run.translations(name).is_file():
+    """The test set through fairseq-generate, or the system's own engine."""
+    system, path = systems(run)[name], run.translations(name)
+    made_from = _identity(system)
+    if is_current(path, made_from):
         return
-    system = systems(run)[name]
+    forget(path)
     if "engine" in system.options:
         _translate_with_engine(run, name, system)
-        return
+    else:
+        _translate_with_fairseq(run, name, system)
+    remember(path, made_from)
+
+
+def _identity(system: System) -> dict[str, Any]:
+    return identity(system.checkpoints, system.options, system.task)
+
+
+def _translate_with_fairseq(run: Run, name: str, system: System) -> None:
     source, target = languages(run.data)
     words = ["fairseq_cli.generate", str(run.data), "--user-dir", USER_DIR, "--task", system.task]
     words += ["-s", source, "-t", target, "--path", system.checkpoints, "--gen-subset", "test"]
@@ -270,17 +301,26 @@ def read_translations(run: Run, system: str) -> tuple[list[str], list[str], list
 def reconstruct_test(run: Run, name: str) -> list[str]:
     """The student's reconstructions of the test set from its posterior's codes."""
     path = run.translations(f"{name}-posterior")
-    if not path.is_file():
+    made_from = identity(str(run.student(name)), {}, VQEM_TASK)
+    if not is_current(path, made_from):
+        forget(path)
         hypotheses, _ = reconstruct(str(run.student(name)), run.data, "test", run.device)
         write_lines(path, hypotheses)
+        remember(path, made_from)
     return list(read_lines(path))
 
 
 def time_systems(run: Run) -> Path:
     """Latency of every system at batch size 1, side by side."""
     output = run.out / "latency.json"
-    if output.is_file():
+    made_from = {
+        "systems": {name: _identity(system) for name, system in systems(run).items()},
+        "latency": run.recipe.latency,
+        "device": device_name(run.device),
+    }
+    if is_current(output, made_from):
         return output
+    forget(output)
     words = ["fairseq_vqem.cli", "latency", "--data", str(run.data), "--baseline", TEACHER_BEAM]
     for name, system in systems(run).items():
         words += ["--system", f"{name}={system.checkpoints}"]
@@ -288,4 +328,5 @@ def time_systems(run: Run) -> Path:
             words += ["--system-options", f"{name}={json.dumps(system.options)}"]
     words += ["--output", str(output), "--device", run.device, "--seed", str(run.recipe.seed)]
     run_command([*words, *flags(run.recipe.latency)])
+    remember(output, made_from)
     return output

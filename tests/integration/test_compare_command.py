@@ -86,6 +86,15 @@ def write_recipe(folder: Path, **changes: Any) -> Path:
     return recipe
 
 
+def report_of(folder: Path) -> Path:
+    return folder / "out" / str(RECIPE["name"])
+
+
+def bleus(folder: Path) -> dict[str, float]:
+    table, _ = read_table(report_of(folder) / "compare.json")
+    return {row.system: float(row.bleu or 0) for row in table.rows}
+
+
 def compare(folder: Path) -> Outcome:
     words = ("compare", write_recipe(folder), "--out", folder / "out")
     return Workshop(folder).run("fairseq_vqem.cli", *words)
@@ -100,7 +109,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_report_has_every_row_with_all_its_numbers(compared: Path) -> None:
-    table, signature = read_table(compared / "out" / "compare.json")
+    table, signature = read_table(report_of(compared) / "compare.json")
     assert [row.system for row in table.rows] == ROWS
     for row in table.rows:
         assert None not in (row.bleu, row.bleu_ci, row.chrf, row.parameters)
@@ -114,30 +123,34 @@ def test_the_report_has_every_row_with_all_its_numbers(compared: Path) -> None:
     assert by_name["teacher, greedy"]["p"] == "baseline"
     assert float(by_name["vqem"]["Training memory (MiB)"]) > 100
     assert signature["data_checksum"] and signature["threads"] == 1
-    assert str(compared) not in (compared / "out" / "compare.json").read_text("utf-8")
-    assert (compared / "out" / "compare.md").is_file()
-    page = (compared / "out" / "compare.html").read_text("utf-8")
+    assert str(compared) not in (report_of(compared) / "compare.json").read_text("utf-8")
+    assert (report_of(compared) / "compare.md").is_file()
+    page = (report_of(compared) / "compare.html").read_text("utf-8")
     assert all(name in page for name in ROWS) and page.count("<svg") == 3
 
 
 def test_pairs_are_tested_in_both_directions(compared: Path) -> None:
-    table, _ = read_table(compared / "out" / "pairs.json")
+    table, _ = read_table(report_of(compared) / "pairs.json")
     there, back, _ = (row.extra or {} for row in table.rows)
     assert [row.system for row in table.rows] == ["vqem", "teacher, beam 4", "AR"]
     assert there["Against"] == "teacher, beam 4"
-    scores = {row.system: row.bleu for row in read_table(compared / "out" / "compare.json")[0].rows}
-    difference = float(scores["vqem"] or 0) - float(scores["teacher, beam 4"] or 0)
+    scores = {
+        row.system: row.bleu for row in read_table(report_of(compared) / "compare.json")[0].rows
+    }
+    difference = scores["vqem"] - scores["teacher, beam 4"]
     assert float(there["BLEU"]) == pytest.approx(difference, abs=0.01)
     assert float(back["BLEU"]) == -float(there["BLEU"]) and back["p (BLEU)"] == there["p (BLEU)"]
-    text = (compared / "out" / "compare.md").read_text("utf-8")
+    text = (report_of(compared) / "compare.md").read_text("utf-8")
     assert "| vqem | teacher, beam 4 |" in text
 
 
 def test_a_group_is_reported_by_mean_and_spread(compared: Path) -> None:
-    table, _ = read_table(compared / "out" / "groups.json")
+    table, _ = read_table(report_of(compared) / "groups.json")
     (row,) = table.rows
-    scores = {row.system: row.bleu for row in read_table(compared / "out" / "compare.json")[0].rows}
-    both = [float(scores[f"teacher, {search}"] or 0) for search in ("beam 4", "greedy")]
+    scores = {
+        row.system: row.bleu for row in read_table(report_of(compared) / "compare.json")[0].rows
+    }
+    both = [scores[f"teacher, {search}"] for search in ("beam 4", "greedy")]
     expected = f"{np.mean(both):.2f} ± {np.std(both, ddof=1):.2f}"
     assert row.system == "both searches" and row.extra
     assert row.extra["Systems"] == "2" and row.extra["BLEU"] == expected
@@ -145,7 +158,7 @@ def test_a_group_is_reported_by_mean_and_spread(compared: Path) -> None:
 
 
 def test_the_codes_of_the_checkpoint_used_are_reported(compared: Path) -> None:
-    table, _ = read_table(compared / "out" / "latents.json")
+    table, _ = read_table(report_of(compared) / "latents.json")
     (row,) = table.rows
     assert row.system == "vqem" and row.extra
     assert 1 <= float(row.extra["Code perplexity"]) <= 64
@@ -156,17 +169,17 @@ def test_the_codes_of_the_checkpoint_used_are_reported(compared: Path) -> None:
 
 
 def test_the_translations_can_be_scored_again(compared: Path) -> None:
-    text = gzip.decompress((compared / "out" / "hypotheses.tsv.gz").read_bytes()).decode("utf-8")
+    text = gzip.decompress((report_of(compared) / "hypotheses.tsv.gz").read_bytes()).decode("utf-8")
     header, *lines = (line.split("\t") for line in text[:-1].split("\n"))
     assert header == ["source", "reference", *ROWS]
     columns = dict(zip(header, zip(*lines, strict=True), strict=True))
-    for row in read_table(compared / "out" / "compare.json")[0].rows:
+    for row in read_table(report_of(compared) / "compare.json")[0].rows:
         score = BLEU().corpus_score(columns[row.system], [columns["reference"]]).score
         assert row.bleu == pytest.approx(score, abs=0.01)
 
 
 def test_a_second_call_reuses_everything(compared: Path) -> None:
-    kept = compared / "out" / "compare" / "timings.json"
+    kept = compared / "out" / "compare" / "timings-compare-test.json"
     before = kept.stat().st_mtime_ns
     outcome = compare(compared)
     assert outcome.status == 0, outcome.text
@@ -207,6 +220,24 @@ def test_a_missing_engine_stops_before_any_training(tmp_path: Path) -> None:
         assert "Traceback" not in outcome.errors and not (tmp_path / "out").exists()
 
 
+def test_run_makes_again_what_was_made_of_another_model(compared: Path) -> None:
+    """After `run` above: a student that was trained again is translated and timed again."""
+    out, student = compared / "out", compared / "out" / "vqem" / "checkpoint_best.pt"
+    texts = out / "translations"
+    kept = {path: path.stat().st_mtime_ns for path in [*texts.glob("*.txt"), out / "latency.json"]}
+    original = student.read_bytes()
+    content = torch.load(student, weights_only=False)
+    content["model"]["decoder.layer_norm.bias"] += 5.0
+    torch.save(content, student)
+    outcome = Workshop(compared).run(
+        "fairseq_vqem.cli", "run", write_recipe(compared, variants={}), "--out", out
+    )
+    student.write_bytes(original)
+    assert outcome.status == 0, outcome.text
+    changed = {path.name for path, before in kept.items() if path.stat().st_mtime_ns != before}
+    assert changed == {"vqem.txt", "vqem-posterior.txt", "latency.json"}
+
+
 @pytest.mark.parametrize("loss", ["dropped", "shuffled"])
 def test_a_lost_or_misplaced_sentence_stops_the_report(compared: Path, loss: str) -> None:
     path = compared / "out" / "compare" / "vqem.json"
@@ -216,12 +247,12 @@ def test_a_lost_or_misplaced_sentence_stops_the_report(compared: Path, loss: str
     assert len(set(lines)) > 3
     content["hypotheses"] = lines[:-1] if loss == "dropped" else [*lines[1:], lines[0]]
     path.write_text(json.dumps(content), encoding="utf-8")
-    report = (compared / "out" / "compare.json").read_bytes()
+    report = (report_of(compared) / "compare.json").read_bytes()
     outcome = compare(compared)
     path.write_text(original, encoding="utf-8")
     assert outcome.status == 1 and "'vqem'" in outcome.errors
     assert "Traceback" not in outcome.errors
-    assert (compared / "out" / "compare.json").read_bytes() == report
+    assert (report_of(compared) / "compare.json").read_bytes() == report
 
 
 @pytest.mark.parametrize("split", ["train", "valid"])

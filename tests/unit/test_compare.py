@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,11 @@ import pytest
 
 from fairseq_vqem.benchmark.tables import ResultRow, ResultTable
 from fairseq_vqem.compare.fairness import check_complete, check_no_leak, check_same_outputs
-from fairseq_vqem.compare.measurements import file_name
 from fairseq_vqem.compare.page import write_page
 from fairseq_vqem.compare.settings import read_settings
 from fairseq_vqem.corpora.files import write_lines
 from fairseq_vqem.errors import UserError
+from fairseq_vqem.pipeline.kept import file_name
 from fairseq_vqem.pipeline.recipe import Recipe
 from fairseq_vqem.pipeline.stages import TEACHER_BEAM, TEACHER_GREEDY
 
@@ -45,11 +46,38 @@ def test_settings_have_defaults_and_name_their_systems() -> None:
         ({"groups": {"seeds": ["student"]}}, "list of two systems or more"),
         ({"groups": {"seeds": ["student", "student"]}}, "list of two systems or more"),
         ({"groups": ["student", "nat"]}, "list of two systems or more"),
+        ({"batch_sizes": 64}, "batch_sizes is 64: it is a list"),
+        ({"batch_sizes": []}, "batch_sizes is"),
+        ({"batch_sizes": [0]}, "batch_sizes is"),
+        ({"batch_sizes": ["64"]}, "batch_sizes is"),
         ({"throughput_repeats": 0}, "throughput_repeats is 0: it must be at least 1"),
         ({"throughput_sentences": 0}, "throughput_sentences is 0: it must be at least 1"),
     ):
         with pytest.raises(UserError, match=message):
             read_settings(recipe(**compare), NAMES)
+
+
+@pytest.mark.parametrize(
+    ("latency", "message"),
+    [
+        ({"sentences": 0}, "sentences is 0: it must be at least 1"),
+        ({"burn_in": -1}, "burn_in is -1: it must be at least 0"),
+        ({"repeats": "3"}, "repeats is 3"),
+        ({"repeat": 3}, "does not know: repeat"),
+    ],
+)
+def test_bad_latency_options_are_refused_before_any_training(
+    latency: dict[str, Any], message: str
+) -> None:
+    read_settings(replace(recipe(), latency={"sentences": 1, "burn_in": 0}), NAMES)
+    with pytest.raises(UserError, match=message):
+        read_settings(replace(recipe(), latency=latency), NAMES)
+
+
+@pytest.mark.parametrize("name", ["student", "compare", "corpus", "a/b", ""])
+def test_the_report_has_a_folder_of_its_own(name: str) -> None:
+    with pytest.raises(UserError, match="the recipe's name"):
+        read_settings(replace(recipe(), name=name), NAMES)
 
 
 def test_a_test_sentence_in_the_training_data_is_found(tmp_path: Path) -> None:

@@ -27,10 +27,11 @@ from export_helpers import (
     translator_of,
 )
 
+from fairseq_vqem.benchmark.engines import check_engine
 from fairseq_vqem.corpora.subwords import SubwordModel
 from fairseq_vqem.errors import UserError
-from fairseq_vqem.export.artefact import write_artefact
-from fairseq_vqem.export.command import decoding_options
+from fairseq_vqem.export.artefact import need_integer_products, write_artefact
+from fairseq_vqem.export.command import decoding_options, export
 from fairseq_vqem.export.standalone import StandaloneError, StandaloneTranslator, runtime
 from fairseq_vqem.export.standalone.manifest import Options
 from fairseq_vqem.export.standalone.translator import batches_by_length
@@ -182,6 +183,23 @@ def test_inexact_integer_products_are_noticed(
     monkeypatch.setattr(runtime, "PROBE_WEIGHT", 126)  # as if sums were cut off
     with pytest.raises(StandaloneError, match="lacks VNNI"):
         StandaloneTranslator(tmp_path / "exported", 1)
+
+
+def test_int8_is_refused_where_products_are_inexact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need_integer_products()
+    check_engine("exported", "cpu", "int8")
+    monkeypatch.setattr(runtime, "PROBE_WEIGHT", 126)
+    check_engine("exported", "cpu", "float32")
+    out = tmp_path / "out"
+    for refused in (
+        lambda: check_engine("exported", "cpu", "int8"),
+        lambda: export(tmp_path / "absent.pt", tmp_path, out, weights="int8"),
+    ):
+        with pytest.raises(UserError, match="lacks VNNI"):
+            refused()
+    assert not out.exists()
 
 
 # --- what cannot be exported, and helpers --------------------------------------------------------

@@ -12,7 +12,7 @@ from fairseq_vqem.corpora import distill as distill_module
 from fairseq_vqem.corpora.files import file_sha256
 from fairseq_vqem.corpora.teaching import Teaching
 from fairseq_vqem.errors import UserError
-from fairseq_vqem.pipeline import stages
+from fairseq_vqem.pipeline import kept, stages
 from fairseq_vqem.pipeline.recipe import Recipe
 
 NAT = {"task": "translation_nat", "arch": "ctc_nat_tiny", "max_update": 3}
@@ -58,6 +58,52 @@ def test_a_student_that_is_not_there_is_named(
     with pytest.raises(UserError, match=f"'longer' goes on from '{start}'.*{message}"):
         stages.train_student(run, "longer")
     assert not trained
+
+
+def test_names_that_share_a_file_are_refused(tmp_path: Path) -> None:
+    run = run_of(tmp_path, **{"a, b": NAT, "a-b": NAT})
+    with pytest.raises(UserError, match="'a, b' and 'a-b' need names that differ in letters"):
+        stages.systems(run)
+
+
+def test_a_colon_in_the_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has a colon"):
+        run_of(tmp_path / "a:b")
+
+
+def test_what_was_made_from_the_same_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+
+    def make(run: stages.Run, name: str, system: stages.System) -> None:
+        made.append(name)
+        run.translations(name).parent.mkdir(exist_ok=True)
+        run.translations(name).write_text("x\n")
+
+    monkeypatch.setattr(stages, "_translate_with_fairseq", make)
+    run = run_of(tmp_path)
+    run.student("first").parent.mkdir()
+    run.student("first").write_bytes(b"a model")
+
+    def translate(changed: stages.Run = run) -> int:
+        before = len(made)
+        stages.translate(changed, "first")
+        stages.translate(changed, "first")
+        return len(made) - before
+
+    assert (translate(), translate()) == (1, 0)
+    run.student("first").write_bytes(b"another model")
+    assert translate() == 1
+    students = {"first": {**NAT, "generate": {"beam": 2}}}
+    assert translate(replace(run, recipe=replace(run.recipe, students=students))) == 1
+    assert translate() == 1
+    monkeypatch.setattr(kept, "library_versions", lambda: {"torch": "0"})
+    assert translate() == 1
+    monkeypatch.setattr(kept, "code_checksum", lambda: "0")
+    assert translate() == 1
+    run.translations("first").unlink()
+    assert translate() == 1
 
 
 @pytest.fixture

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fairseq_vqem.corpora.files import read_json, write_json
 from fairseq_vqem.errors import UserError
-from fairseq_vqem.pipeline.report import training_summary
+from fairseq_vqem.pipeline.report import training_summary, used_validation
 from fairseq_vqem.pipeline.training import FINISHED, LOG, MEMORY, run_logged, train
 
 WORDS = ["data", "--seed", "1"]
@@ -138,3 +139,27 @@ def test_the_first_update_has_no_rate(tmp_path: Path) -> None:
     summary = training_summary(tmp_path, items="pictures")
     assert summary["seconds"] == pytest.approx(0.25)
     assert summary["pictures_per_second"] == 64.0 and "target_tokens_per_second" not in summary
+
+
+def test_the_validation_is_that_of_the_checkpoint(tmp_path: Path) -> None:
+    """Not the best one, of which there is no checkpoint; the last, where it was made twice."""
+    checkpoint = save_updates(tmp_path / "checkpoint_best.pt", 200)
+    records = [(100, 1.0), (200, 2.0), (150, 9.0), (200, 2.5), (300, 2.2)]
+    (tmp_path / LOG).write_text(
+        "".join(
+            f'x | INFO | valid | {{"valid_num_updates": "{update}", "valid_bleu": "{bleu}"}}\n'
+            for update, bleu in records
+        )
+    )
+    assert used_validation(checkpoint)["valid_bleu"] == "2.5"
+    assert used_validation(save_updates(checkpoint, 250)) == {}
+
+
+def save_updates(path: Path, updates: int) -> Path:
+    """What fairseq needs of a checkpoint to read its number of updates."""
+    history = {"criterion_name": "", "optimizer_name": "", "lr_scheduler_state": {}}
+    content: dict[str, Any] = {"args": None, "cfg": {"model": {}, "task": {}}, "model": {}}
+    content["optimizer_history"] = [{**history, "num_updates": updates}]
+    content["extra_state"] = {"train_iterator": {"epoch": 1}}
+    torch.save(content, path)
+    return path

@@ -1,0 +1,63 @@
+"""What is kept on disk is used again only where it would come out the same."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fairseq_vqem.benchmark.engines import engine_versions
+from fairseq_vqem.benchmark.signature import code_checksum, library_versions
+from fairseq_vqem.corpora.files import file_sha256, read_json, write_json
+
+STAMP = ".made-from.json"
+
+
+def identity(checkpoints: str, options: Mapping[str, Any], task: str) -> dict[str, Any]:
+    """Changes when the checkpoints, the options, the code or the libraries of a system do.
+
+    Args:
+        checkpoints: paths, joined by colons.
+    """
+    engine = str(options.get("engine", "fairseq"))
+    return {
+        "checkpoints": [file_sha256(Path(part)) for part in checkpoints.split(":")],
+        "options": plain(options),
+        "task": task,
+        "code": code_checksum(),
+        "libraries": {**library_versions(), **engine_versions(engine)},
+    }
+
+
+def is_current(path: Path, made_from: Mapping[str, Any]) -> bool:
+    """Whether the file ``path`` is there and was made from the same."""
+    stamp = _stamp(path)
+    return path.is_file() and stamp.is_file() and bool(read_json(stamp) == plain(made_from))
+
+
+def forget(path: Path) -> None:
+    """Remove ``path`` and what it was made from, before it is made again."""
+    _stamp(path).unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+
+
+def remember(path: Path, made_from: Mapping[str, Any]) -> None:
+    """Record what the complete file ``path`` was made from."""
+    write_json(_stamp(path), plain(made_from))
+
+
+def file_name(system: str) -> str:
+    """A system's name as a file name."""
+    return re.sub(r"[^\w.+-]+", "-", system).strip("-")
+
+
+def plain(value: Any) -> Any:
+    """``value`` as JSON gives it back."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(each) for key, each in value.items()}
+    return [plain(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def _stamp(path: Path) -> Path:
+    return path.with_name(path.name + STAMP)
