@@ -17,11 +17,12 @@ setup(
     long_description=(HERE / "README.md").read_text("utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
-    python_requires=">=3.11",
+    python_requires=">=3.11,<3.13",  # for 3.13 there is no wheel of ve-fairseq
     packages=find_packages(include=["fairseq_vqem", "fairseq_vqem.*"]),
     package_data={"fairseq_vqem.corpora": ["data/*"]},
     install_requires=[
-        "torch>=2.2",
+        "torch>=2.6",  # what checkpoints may contain is named as this version wants it
+        "numpy>=2",
         "ve-fairseq==0.12.3",
         "sacrebleu>=2.4",
         "sentencepiece>=0.2",

@@ -19,9 +19,16 @@ import torch
 from torch import Tensor
 
 from fairseq_vqem.benchmark.signature import make_signature
-from fairseq_vqem.benchmark.tables import ResultRow, ResultTable, render_table, write_table
+from fairseq_vqem.benchmark.tables import (
+    ResultRow,
+    ResultTable,
+    mean_and_spread,
+    render_table,
+    write_table,
+)
 from fairseq_vqem.bottlenecks import Bottleneck, BottleneckOptions, build_bottleneck
 from fairseq_vqem.corpora.files import replacing
+from fairseq_vqem.errors import UserError
 
 WARM_UP_STEPS = 4
 RANDOM_START = ", random start"
@@ -89,6 +96,19 @@ def draw_points(centres: Tensor, count: int, generator: torch.Generator) -> Tens
     return centres[chosen] + 0.5**0.5 * noise
 
 
+def make(task: Planted, kind: str, options: Mapping[str, Any]) -> Bottleneck:
+    """An untrained bottleneck for the task."""
+    schedules = {
+        "gumbel_temperature": f"1.2:0.2@{task.steps}",
+        "gumbel_noise": f"0:1@{task.steps // 10}",
+    }
+    chosen = {**schedules, **options}
+    return build_bottleneck(
+        kind,
+        BottleneckOptions(task.centres, task.dimension, codebook_decay=task.decay, **chosen),
+    )
+
+
 def train(
     task: Planted, kind: str, options: Mapping[str, Any], seed: int, warm_up: int = WARM_UP_STEPS
 ) -> Bottleneck:
@@ -99,19 +119,7 @@ def train(
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(1000 + seed)
     centres = draw_centres(task, seed)
-    schedules = {
-        "gumbel_temperature": f"1.2:0.2@{task.steps}",
-        "gumbel_noise": f"0:1@{task.steps // 10}",
-    }
-    bottleneck = build_bottleneck(
-        kind,
-        BottleneckOptions(
-            task.centres,
-            task.dimension,
-            codebook_decay=task.decay,
-            **{**schedules, **options},
-        ),
-    )
+    bottleneck = make(task, kind, options)
     parameters = list(bottleneck.parameters())
     optimiser = torch.optim.Adam(parameters, lr=task.learning_rate) if parameters else None
     bottleneck.train()
@@ -160,17 +168,14 @@ def run_all(task: Planted, names: Sequence[str], seeds: Sequence[int]) -> dict[s
 def result_rows(outcomes: Mapping[str, Sequence[Outcome]]) -> list[ResultRow]:
     """Means ± standard deviations over seeds."""
 
-    def spread(values: Sequence[float], digits: int) -> str:
-        return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}"
-
     return [
         ResultRow(
             name,
             extra={
-                "Centres": spread([o.recovered for o in each], 1),
+                "Centres": mean_and_spread([o.recovered for o in each], 1),
                 "Least": str(min(o.recovered for o in each)),
-                "Codes in use": spread([o.used for o in each], 1),
-                "Error": spread([o.error for o in each], 3),
+                "Codes in use": mean_and_spread([o.used for o in each], 1),
+                "Error": mean_and_spread([o.error for o in each], 3),
             },
         )
         for name, each in outcomes.items()
@@ -215,7 +220,17 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    if arguments.seeds < 1:
+        raise UserError(f"--seeds is {arguments.seeds}: there must be at least 1")
     task = Planted(arguments.centres, arguments.dimension, arguments.spread, steps=arguments.steps)
+    for name in arguments.kinds:  # what does not go with these numbers is refused now
+        try:
+            make(task, *CONTESTANTS[name])
+        except UserError as error:
+            raise UserError(
+                f"{name} does not go with --centres {task.centres} --dimension {task.dimension}"
+                f" ({error}): give --kinds without it"
+            ) from error
     outcomes = run_all(task, arguments.kinds, range(arguments.seeds))
     table = ResultTable("planted", result_rows(outcomes), COLUMNS)
     signature = make_signature()

@@ -72,6 +72,8 @@ def make_signature(
     Raises:
         UserError: `data` was not made by ``fairseq-vqem prepare``.
     """
+    import torch
+
     commit, dirty = git_state(Path(__file__).resolve().parent)
     return Signature(
         command=portable_command(sys.argv if command is None else command),
@@ -82,7 +84,7 @@ def make_signature(
         **library_versions(),
         python=platform.python_version(),
         device=device_name(device),
-        threads=_threads(),
+        threads=torch.get_num_threads(),
         dtype=dtype,
         sacrebleu=dict(sacrebleu or {}),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -172,12 +174,6 @@ def library_versions() -> dict[str, str]:
     import torch
 
     return {"torch": str(torch.__version__), "fairseq": _fairseq_version()}
-
-
-def _threads() -> int:
-    import torch
-
-    return torch.get_num_threads()
 
 
 def _fairseq_version() -> str:

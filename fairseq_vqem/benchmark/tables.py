@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 from fairseq_vqem.benchmark.signature import SIGNATURE_KEY, Signature, read_result, write_result
@@ -115,6 +116,12 @@ COLUMNS: dict[str, tuple[str, Callable[[ResultRow], str]]] = {
     ),
     "notes": ("Notes", lambda row: row.notes or ""),
 }
+
+
+def mean_and_spread(values: Sequence[float], digits: int) -> str:
+    """Mean ± sample standard deviation; the mean alone of one value."""
+    text = f"{mean(values):.{digits}f}"
+    return text if len(values) < 2 else f"{text} ± {stdev(values):.{digits}f}"
 
 
 def write_table(path: Path, table: ResultTable, signature: Signature, **details: Any) -> None:

@@ -47,6 +47,7 @@ class EMBottleneck(Bottleneck):
     """The part common to hard and soft EM; a subclass supplies the E step."""
 
     has_codebook_care = True
+    has_temperature = True
     takes_prior = True
 
     def __init__(self, options: BottleneckOptions) -> None:
@@ -73,7 +74,7 @@ class EMBottleneck(Bottleneck):
     @property
     def temperature(self) -> float:
         """τ of the posterior ``softmax(-‖e_j - x‖²/τ + log prior)``."""
-        return 1.0
+        return self.options.posterior_temperature
 
     def modes(self, rows: Tensor) -> Tensor:
         """The posterior's modes ``[N]`` of ``[N, D]`` rows, for evaluation."""
@@ -168,10 +169,6 @@ class HardEM(EMBottleneck):
 @register_bottleneck("soft-em")
 class SoftEM(EMBottleneck):
     """m samples from softmax(-‖e_j - x‖²/τ); the decoder receives their mean (Eq. 12)."""
-
-    @property
-    def temperature(self) -> float:
-        return self.options.posterior_temperature
 
     def expectation(
         self, rows: Tensor, penalties: Tensor | None

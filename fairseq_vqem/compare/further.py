@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from statistics import mean, stdev
 
 from fairseq_vqem.benchmark.scoring import SEED, paired_bootstrap, score
 from fairseq_vqem.benchmark.signature import make_signature
-from fairseq_vqem.benchmark.tables import MISSING, ResultRow, ResultTable, write_table
+from fairseq_vqem.benchmark.tables import (
+    MISSING,
+    ResultRow,
+    ResultTable,
+    mean_and_spread,
+    write_table,
+)
 from fairseq_vqem.compare.report import Findings, p_text, students_with_latents
 from fairseq_vqem.pipeline.report import used_validation
 
@@ -107,9 +112,7 @@ def group_rows(findings: Findings) -> list[ResultRow]:
 def spread(values: Sequence[float | str | None], digits: int = 2) -> str:
     """``mean ± standard deviation`` of at least two values; a dash where one is missing."""
     numbers = [float(value) for value in values if value is not None]
-    if len(numbers) < len(values):
-        return MISSING
-    return f"{mean(numbers):.{digits}f} ± {stdev(numbers):.{digits}f}"
+    return mean_and_spread(numbers, digits) if len(numbers) == len(values) else MISSING
 
 
 def latent_rows(findings: Findings) -> list[ResultRow]:

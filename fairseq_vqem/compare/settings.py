@@ -32,7 +32,7 @@ class Settings:
         batch_sizes: tried for throughput; the best one counts.
         throughput_sentences: of the test set, evenly spaced (100 candidates take minutes).
         throughput_repeats: passes over them at each batch size, after one untimed.
-        sampled: systems that draw random numbers, so that two runs may differ.
+        sampled: systems that two runs may translate differently, such as fairseq's sampling.
         comet: path of a COMET checkpoint; without it COMET is left out.
     """
 

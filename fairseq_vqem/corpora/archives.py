@@ -32,7 +32,8 @@ def extract_text(name: str, downloads: Path, out_dir: Path) -> dict[str, Any]:
     """Write ``out_dir/{train,valid,test}.{source,target}`` and ``manifest.json``.
 
     Only training pairs are cleaned (empty, too long or uneven pairs are dropped); validation and
-    test sets keep every line. With a manifest that fits the archives, nothing is done.
+    test sets keep every line. Where the manifest fits names and sizes of the sources and the
+    checksums of what was made, nothing is done.
 
     Args:
         name: a key of `ARCHIVE_CORPORA`.
@@ -48,27 +49,37 @@ def extract_text(name: str, downloads: Path, out_dir: Path) -> dict[str, Any]:
     """
     corpus = ARCHIVE_CORPORA[name]
     archives = _find_archives(corpus, downloads)
-    inputs = {archive: path.stat().st_size for archive, path in archives.items()}
-    manifest_path = out_dir / MANIFEST
-    if manifest_path.is_file():
-        manifest: dict[str, Any] = read_json(manifest_path)
-        if manifest.get("archives") == inputs and manifest.get("corpus") == name:
+    sizes = {path.name: path.stat().st_size for path in _sources(corpus, downloads, archives)}
+    manifest_path, extracted = out_dir / MANIFEST, out_dir / "extracted"
+    manifest: dict[str, Any] = read_json(manifest_path) if manifest_path.is_file() else {}
+    if manifest.get("sources") == sizes and manifest.get("corpus") == name:
+        if manifest["splits"] == _describe(corpus, out_dir):
             return manifest
-        manifest_path.unlink()
-    extracted = out_dir / "extracted"
+    else:
+        shutil.rmtree(extracted, ignore_errors=True)  # perhaps of other archives
+    manifest_path.unlink(missing_ok=True)
     files = _unpack(corpus, downloads, archives, extracted)
     dropped = _write_splits(corpus, files, out_dir)
+    splits = _describe(corpus, out_dir)
+    manifest = {"corpus": name, "sources": sizes, "dropped": dict(dropped), "splits": splits}
+    write_json(manifest_path, manifest)
+    return manifest
+
+
+def _describe(corpus: ArchiveCorpus, folder: Path) -> dict[str, Any] | None:
+    """Lines and SHA-256 of each split in ``folder``; None where a file is missing."""
+    languages = (corpus.source_lang, corpus.target_lang)
     splits = {}
     for split in ("train", "valid", "test"):
-        languages = (corpus.source_lang, corpus.target_lang)
-        counted = {lang: count_and_checksum(out_dir / f"{split}.{lang}") for lang in languages}
+        paths = {lang: folder / f"{split}.{lang}" for lang in languages}
+        if not all(path.is_file() for path in paths.values()):
+            return None
+        counted = {lang: count_and_checksum(path) for lang, path in paths.items()}
         splits[split] = {
             "lines": counted[corpus.source_lang][0],
             "sha256": {lang: checksum for lang, (_, checksum) in counted.items()},
         }
-    manifest = {"corpus": name, "archives": inputs, "dropped": dict(dropped), "splits": splits}
-    write_json(manifest_path, manifest)
-    return manifest
+    return splits
 
 
 def _all_pairs(corpus: ArchiveCorpus) -> list[TextPair]:
@@ -81,6 +92,12 @@ def _present(folder: Path, pair: TextPair) -> tuple[Path, Path] | None:
         if (folder / source).is_file() and (folder / target).is_file():
             return folder / source, folder / target
     return None
+
+
+def _sources(corpus: ArchiveCorpus, downloads: Path, archives: dict[str, Path]) -> list[Path]:
+    """The archives and the loose files that the corpus is made from."""
+    loose = [found for pair in _all_pairs(corpus) if (found := _present(downloads, pair))]
+    return [*archives.values(), *(path for pair in loose for path in pair)]
 
 
 def _find_archives(corpus: ArchiveCorpus, downloads: Path) -> dict[str, Path]:

@@ -22,7 +22,7 @@ from fairseq_vqem.corpora.files import (
     write_json,
     write_lines,
 )
-from fairseq_vqem.corpora.subwords import SubwordModel
+from fairseq_vqem.corpora.subwords import SUBWORD_FILES, SubwordModel
 from fairseq_vqem.errors import UserError
 
 SPLITS = ("train", "valid", "test")
@@ -225,11 +225,23 @@ def _run(job: _Job, inputs: dict[str, Any]) -> dict[str, Any]:
             for language, path in dictionaries.items()
         },
     }
+    _remove_earlier(job.out_dir)
     for path in binary.iterdir():
         os.replace(path, job.out_dir / path.name)
     shutil.rmtree(job.staging)
     write_json(job.out_dir / MANIFEST, manifest)
     return manifest
+
+
+def _remove_earlier(folder: Path) -> None:
+    """Remove the files of a corpus with other languages, splits or subwords from ``folder``.
+
+    fairseq takes the languages from the first file that it finds.
+    """
+    (folder / MANIFEST).unlink(missing_ok=True)
+    patterns = ["dict.*.txt", *(f"{split}.*-*.*" for split in SPLITS), *SUBWORD_FILES]
+    for path in [path for pattern in patterns for path in folder.glob(pattern)]:
+        path.unlink()
 
 
 def _preprocess_command(job: _Job, encoded: Path, binary: Path) -> list[str]:

@@ -10,15 +10,23 @@ from fairseq_vqem.errors import UserError
 
 
 def copy_text(folder: Path, source_lang: str, target_lang: str, raw: Path) -> None:
-    """Copy ``{train,valid,test}.{source,target}`` from ``folder`` to ``raw``, with Unix line ends.
+    """Copy ``{train,valid,test}.{source,target}`` from ``folder`` to ``raw``.
+
+    Line ends become Unix's, and a byte order mark is left out.
 
     Raises:
-        UserError: the languages are the same, a file is missing or not UTF-8, or a split is empty
-            or its sides differ in lines.
+        UserError: the languages are the same or do not fit into fairseq's file names, a file is
+            missing or not UTF-8, or a split is empty or its sides differ in lines.
     """
     if source_lang == target_lang:
         raise UserError(f"source and target language are both {source_lang!r}: they must differ")
     languages = (source_lang, target_lang)
+    for language in languages:
+        if not language.replace("_", "").isalnum():
+            raise UserError(
+                f"the language {language!r} is part of file names, which fairseq splits at hyphens"
+                " and dots: use letters, digits and underscores, as in zh_CN"
+            )
     wanted = [folder / f"{split}.{language}" for split in SPLITS for language in languages]
     missing = [path.name for path in wanted if not path.is_file()]
     if missing:
@@ -27,10 +35,7 @@ def copy_text(folder: Path, source_lang: str, target_lang: str, raw: Path) -> No
             " sentence by sentence on the same lines"
         )
     for split in SPLITS:
-        sides = [
-            [line.removesuffix("\r") for line in read_lines(folder / f"{split}.{language}")]
-            for language in languages
-        ]
+        sides = [_lines(folder / f"{split}.{language}") for language in languages]
         source, target = map(len, sides)
         if source != target:
             raise UserError(
@@ -41,3 +46,8 @@ def copy_text(folder: Path, source_lang: str, target_lang: str, raw: Path) -> No
             raise UserError(f"{folder / split}.{source_lang} is empty: each split needs sentences")
         for language, lines in zip(languages, sides, strict=True):
             write_lines(raw / f"{split}.{language}", lines)
+
+
+def _lines(path: Path) -> list[str]:
+    lines = [line.removesuffix("\r") for line in read_lines(path)]
+    return [lines[0].removeprefix("\ufeff"), *lines[1:]] if lines else []

@@ -126,6 +126,7 @@ _MODELS: dict[str, type[SubwordModel]] = {
     SENTENCEPIECE: SentencePieceModel,
     SUBWORD_NMT: SubwordNmtModel,
 }
+SUBWORD_FILES = tuple(model.file_name for model in _MODELS.values())
 
 
 def load_subwords(directory: Path) -> SubwordModel:

@@ -17,17 +17,17 @@ def ctc_reconstruction(
     A target that needs more frames than its source gives has no likelihood and is left out.
 
     Args:
-        smoothing: share of the uniform distribution over symbols, for each frame.
+        smoothing: share of the uniform distribution over symbols: the mean over the frames of a
+            sentence, for each of its words.
     """
     log_probabilities = torch.log_softmax(output.logits.float(), -1)
     fits = frames_needed(output.words, output.counts) <= output.frames.sum(1)
     nll = ctc_losses(log_probabilities, output, blank).sum()
     if not smoothing:
         return nll, nll, fits
-    learned = output.frames & fits.unsqueeze(1)
-    uniform = -log_probabilities.mean(-1)[learned].sum() / max(1, int(learned.sum()))
-    loss = (1 - smoothing) * nll + smoothing * int(output.counts[fits].sum()) * uniform
-    return loss, nll, fits
+    at_frames = -log_probabilities.mean(-1).masked_fill(~output.frames, 0.0).sum(1)
+    uniform = at_frames / output.frames.sum(1).clamp(min=1) * output.counts
+    return (1 - smoothing) * nll + smoothing * uniform[fits].sum(), nll, fits
 
 
 def ctc_losses(log_probabilities: Tensor, output: CTCOutput, blank: int) -> Tensor:

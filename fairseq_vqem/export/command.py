@@ -216,7 +216,7 @@ def _ctc_options(translator: Translator) -> Options:
         remove_repeats=generator.remove_repeats,
         positions_per_code=1,
         codes=0,
-        max_source_tokens=translator.max_source_tokens,
+        max_source_tokens=translator.max_source_tokens + 1,  # and BOS
         max_target_tokens=model.cfg.max_target_positions,
         collapse=True,
         source_start=True,

@@ -17,6 +17,7 @@ import torch
 from fairseq import checkpoint_utils, tasks, utils
 from fairseq.dataclass.configs import GenerationConfig
 from fairseq.tasks import TASK_DATACLASS_REGISTRY, FairseqTask
+from fairseq.tasks.translation_lev import TranslationLevenshteinTask
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
@@ -307,7 +308,9 @@ def _max_source_tokens(task: FairseqTask, models: Sequence[Any]) -> int:
     limits = utils.resolve_max_positions(
         task.max_positions(), *[model.max_positions() for model in models]
     )
-    return int(limits[0] if isinstance(limits, tuple) else limits)
+    longest = int(limits[0] if isinstance(limits, tuple) else limits)
+    # that task's sources begin with BOS
+    return longest - int(isinstance(task, TranslationLevenshteinTask))
 
 
 def checked_device(name: str) -> torch.device:

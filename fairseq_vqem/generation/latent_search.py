@@ -188,5 +188,8 @@ class _Beams:
         if self.reward:
             value = scores + self.reward * self.written.view(shape)
         order = value.argsort(1, descending=True)[:, :candidates]
+        # where there are fewer sequences than beams, the best one stands for those that are none
+        none = scores.gather(1, order) < IMPOSSIBLE / 2
+        order = torch.where(none, order[:, :1], order)
         picked = codes.view(*shape, -1).gather(1, order.unsqueeze(-1).expand(-1, -1, codes.size(1)))
         return LatentHypothesis(picked, scores.gather(1, order), lengths.gather(1, order))

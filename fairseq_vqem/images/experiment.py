@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from fairseq_vqem.benchmark.signature import code_checksum, library_versions
 from fairseq_vqem.corpora.files import file_sha256, read_json, write_json
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.images import sampling
@@ -120,6 +121,7 @@ def evaluate_run(experiment: Experiment, system: str, seed: int) -> Evaluation:
         "checkpoint": file_sha256(checkpoint),
         "data": experiment.folder.checksum,
         "shown": count,
+        **software(),
     }
     kept = _kept(folder / EVALUATION, origin)
     if kept is not None:
@@ -186,6 +188,7 @@ def generate(experiment: Experiment, system: str, space: FeatureSpace) -> Genera
     origin = {
         "checkpoints": [file_sha256(autoencoder), file_sha256(checkpoint)],
         "options": [wanted.samples, wanted.temperature, wanted.feature_epochs],
+        **software(),
     }
     kept = _kept(folder / MEASURES, origin)
     if kept is not None:
@@ -213,6 +216,11 @@ def generate(experiment: Experiment, system: str, space: FeatureSpace) -> Genera
     )
     write_json(folder / MEASURES, {"origin": origin, "result": asdict(result)})
     return result
+
+
+def software() -> dict[str, Any]:
+    """What measurements depend on besides models and options."""
+    return {"code": code_checksum(), "libraries": library_versions()}
 
 
 def _kept(path: Path, origin: dict[str, Any]) -> dict[str, Any] | None:

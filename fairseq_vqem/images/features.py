@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fairseq_vqem.benchmark.signature import code_checksum, library_versions
 from fairseq_vqem.corpora.files import replacing
-from fairseq_vqem.errors import UserError
 from fairseq_vqem.images.evaluate import batches
 from fairseq_vqem.images.folder import PictureFolder
 from fairseq_vqem.images.shapes import PictureShape, to_unit
@@ -71,17 +71,16 @@ class FeatureSpace:
 def feature_space(folder: PictureFolder, path: Path, epochs: int, seed: int) -> FeatureSpace:
     """Train the network on the folder's labels, or read it from ``path`` where it is there.
 
-    Raises:
-        UserError: ``path`` was made from other data or with other options.
+    It is trained again where ``path`` was made of other data, with other options or other code.
     """
     network = FeatureNetwork(folder.shape, len(folder.classes))
-    origin = {"data": folder.checksum, "epochs": epochs, "seed": seed}
+    origin = {"data": folder.checksum, "epochs": epochs, "seed": seed, "code": code_checksum()}
+    origin.update(library_versions())
     if path.is_file():
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["origin"] != origin:
-            raise UserError(f"{path} was made from other data or options: delete it, run again")
-        network.load_state_dict(state["network"])
-        return FeatureSpace(network.eval(), state["accuracy"])
+        if state["origin"] == origin:
+            network.load_state_dict(state["network"])
+            return FeatureSpace(network.eval(), state["accuracy"])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = FeatureNetwork(folder.shape, len(folder.classes))

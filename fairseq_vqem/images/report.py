@@ -7,10 +7,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fairseq_vqem.benchmark.signature import Signature, make_signature
-from fairseq_vqem.benchmark.tables import ResultRow, ResultTable, render_table, write_table
+from fairseq_vqem.benchmark.tables import (
+    ResultRow,
+    ResultTable,
+    mean_and_spread,
+    render_table,
+    write_table,
+)
 from fairseq_vqem.corpora.files import replacing
 from fairseq_vqem.images.evaluate import Evaluation
 from fairseq_vqem.images.experiment import Experiment, Generated, shown
@@ -43,12 +47,6 @@ GENERATION_COLUMNS = ("system", BOUND, PRIOR, KNOWN, SAMPLES, REMADE)
 def is_collapsed(evaluation: Evaluation, share: float) -> bool:
     """Whether a run's codebook perplexity is below ``share`` of its codebook's size."""
     return evaluation.code_perplexity < share * evaluation.codebook_size
-
-
-def mean_and_spread(values: Sequence[float], digits: int) -> str:
-    """Mean ± sample standard deviation; the mean alone of one value."""
-    text = f"{np.mean(values):.{digits}f}"
-    return text if len(values) < 2 else f"{text} ± {np.std(values, ddof=1):.{digits}f}"
 
 
 def reconstruction_rows(evaluations: Evaluations, collapse_below: float) -> list[ResultRow]:

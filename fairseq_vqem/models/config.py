@@ -195,6 +195,19 @@ def factorises(cfg: VQEMTransformerConfig) -> bool:
     return cfg.codebook_size > LARGEST_JOINT_CODEBOOK
 
 
+def check_codebooks(cfg: Any, digits: int) -> None:
+    """Raise ``UserError`` where one codebook (of ``digits`` 1) has options of several."""
+    if str(cfg.codebook_split) != "slice" and cfg.num_codebooks == 1:
+        raise UserError(
+            f"--codebook-split {cfg.codebook_split} is for several codebooks: add --num-codebooks"
+        )
+    if str(cfg.code_stream) == "factorised" and digits == 1:
+        raise UserError(
+            "--code-stream factorised writes one symbol per codebook, but there is only one: give"
+            " --num-codebooks or leave it out"
+        )
+
+
 def bottleneck_options(cfg: VQEMTransformerConfig) -> BottleneckOptions:
     named = {each.name for each in fields(BottleneckOptions)} - {"dimension"}
     values = {name: getattr(cfg, name) for name in named}

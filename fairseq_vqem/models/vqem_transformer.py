@@ -20,6 +20,7 @@ from fairseq_vqem.models.config import (
     add_missing_options,
     add_switches,
     bottleneck_options,
+    check_codebooks,
     check_config,
     factorises,
     transformer_config,
@@ -149,11 +150,7 @@ class VQEMTransformer(FairseqEncoderDecoderModel):
             causal=cfg.causal_decoder,
         )
         bottleneck = build_bottleneck(cfg.bottleneck, bottleneck_options(cfg))
-        if str(cfg.code_stream) == "factorised" and bottleneck.digits == 1:
-            raise UserError(
-                "--code-stream factorised writes one symbol per codebook, but there is only one:"
-                " give --num-codebooks or leave it out"
-            )
+        check_codebooks(cfg, bottleneck.digits)
         model = cls(cfg, encoder, decoder, bottleneck)
         if cfg.init_from and getattr(task, "initialises_models", False):
             initialise_from_teacher(model, cfg.init_from)

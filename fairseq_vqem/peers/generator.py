@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from fairseq_vqem.peers.rules import check_generation, rules_of
 
 
 class OwnScores(nn.Module):
-    """Stands where a teacher would: candidates keep the scores that they have."""
+    """Stands where a teacher would: candidates are compared by `mean_of_words`."""
 
 
 class ParallelGenerator(IterativeRefinementGenerator):
@@ -95,18 +96,28 @@ class ParallelGenerator(IterativeRefinementGenerator):
         encoder_input: list[Tensor],
         beam_size: int,
     ) -> list[list[dict[str, Any]]]:
-        """Scores of a teacher, or own scores moved to where numpy can compare them."""
+        """Scores of a teacher, or own ones, where numpy can compare them."""
+        if isinstance(reranker, OwnScores):  # repeats were predicted as well
+            finalized = [[{**each, "score": mean_of_words(each)}] for (each,) in finalized]
         if self.remove_repeats:  # the teacher judges what is put out
             finalized = [[without_repeats(candidate)] for (candidate,) in finalized]
         if isinstance(reranker, OwnScores):
-            for (candidate,) in finalized:
-                candidate["score"] = candidate["score"].cpu()
             return finalized
         src_tokens, src_lengths = encoder_input
         begins = src_tokens.eq(self.bos)
         source = [src_tokens.masked_fill(begins, self.pad), src_lengths - begins.sum(1)]
         ranked: list[list[dict[str, Any]]] = super().rerank(reranker, finalized, source, beam_size)
         return ranked
+
+
+def mean_of_words(hypothesis: dict[str, Any]) -> Tensor:
+    """Mean log-probability of the words of ``hypothesis``, which begins with BOS, ends with EOS.
+
+    fairseq's own score counts both ends as sure words, so the shorter, the better; it would always
+    choose an empty candidate. Without words there is no such mean, and no shorter one is worse.
+    """
+    scores = hypothesis["positional_scores"][1:-1]
+    return scores.mean().cpu() if scores.numel() else torch.tensor(-math.inf)
 
 
 def without_repeats(hypothesis: dict[str, Any]) -> dict[str, Any]:

@@ -62,7 +62,8 @@ def candidate_lengths(predicted: Tensor, candidates: int, span: float) -> Tensor
     offsets = torch.arange(candidates, device=predicted.device) - candidates // 2
     most = (predicted * span).long().clamp(min=1).unsqueeze(1)
     bounded = torch.maximum(torch.minimum(offsets, most), -most)
-    return (predicted.unsqueeze(1) + bounded).clamp(min=0)
+    shortest = predicted.clamp(max=1).unsqueeze(1)  # empty only where that is predicted
+    return torch.maximum(predicted.unsqueeze(1) + bounded, shortest)
 
 
 def to_be_written(lengths: Tensor, model: Any) -> Tensor:

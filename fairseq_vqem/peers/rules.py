@@ -37,6 +37,7 @@ class Rules:
         one_pass: decoded without refinement, for which it was not trained.
         every_pass: decoded to the last pass, since equal outputs of two passes may hold masks.
         prefix_beam: candidates come from prefix beam search, not from several lengths.
+        penalised: what ``--iter-decode-eos-penalty`` is taken from; None where from nothing.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Rules:
     one_pass: bool = False
     every_pass: bool = False
     prefix_beam: bool = False
+    penalised: str | None = None
 
 
 NAT_LOSS = (LabelSmoothedDualImitationCriterion, "nat_loss")
@@ -59,8 +61,15 @@ RULES: dict[type, Rules] = {
     CMLMNATransformerModel: Rules(
         "cmlm_transformer", *NAT_LOSS, noise="random_mask", every_pass=True
     ),
-    LevenshteinTransformerModel: Rules("levenshtein_transformer", *NAT_LOSS, noise="random_delete"),
-    CTCNAT: Rules("ctc_nat", CTCNATLoss, "ctc_nat_loss", one_pass=True, prefix_beam=True),
+    LevenshteinTransformerModel: Rules(
+        "levenshtein_transformer", *NAT_LOSS, noise="random_delete", penalised="inserting nothing"
+    ),
+    CTCNAT: Rules(
+        *("ctc_nat", CTCNATLoss, "ctc_nat_loss"),
+        one_pass=True,
+        prefix_beam=True,
+        penalised="the blank",
+    ),
     FertilityNAT: Rules("fertility_nat", FertilityNATLoss, "fertility_nat_loss", one_pass=True),
 }
 
@@ -145,6 +154,13 @@ def check_generation(models: Sequence[Any], args: Any) -> None:
     if beam > 1 and not (rules.prefix_beam or models[0].allow_length_beam):
         raise UserError(
             f"{rules.name} has no candidates of other lengths: drop --iter-decode-with-beam {beam}"
+        )
+    penalty = getattr(args, "iter_decode_eos_penalty", 0.0)
+    if penalty and rules.penalised is None:
+        known = [f"{each.penalised} ({each.name})" for each in RULES.values() if each.penalised]
+        raise UserError(
+            f"--iter-decode-eos-penalty {penalty} is taken from {' or '.join(known)}:"
+            f" {rules.name} has neither, so leave it out"
         )
     _check_passes(rules, getattr(args, "iter_decode_max_iter", 0))
 

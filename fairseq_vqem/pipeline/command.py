@@ -6,6 +6,7 @@ import argparse
 import time
 from pathlib import Path
 
+from fairseq_vqem.benchmark.signature import code_checksum
 from fairseq_vqem.pipeline import stages
 from fairseq_vqem.pipeline.recipe import read_recipe
 from fairseq_vqem.pipeline.report import write_report
@@ -26,6 +27,7 @@ def _run(arguments: argparse.Namespace) -> int:
         read_recipe(arguments.recipe, arguments.scale), arguments.out.resolve(), arguments.device
     )
     started = time.monotonic()
+    code_checksum()  # of the code as it is loaded, before hours of training
     stages.check_engines(run)
     stages.prepare(run)
     stages.train_teacher(run)

@@ -36,8 +36,8 @@ class Recipe:
             ``from_student`` (name of a student before it, whose model it goes on with) and
             ``generate`` (options of decoding).
         decode: fairseq-generate options of the teacher's beam search.
-        variants: further ways to decode, by name: a ``student`` (or ``teacher``) and its generation
-            options; ``engine`` among them chooses another engine (``fairseq-vqem compare`` only).
+        variants: further ways to decode, by name: a ``student`` (or ``teacher``) and generation
+            options, laid over the student's own; ``engine`` among them chooses another engine.
         latency: options of ``fairseq-vqem latency``.
         compare: options of ``fairseq-vqem compare``, see `fairseq_vqem.compare.settings`.
         seed: of everything; a student's option ``seed`` overrules it.

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from fairseq_vqem.peers.alignments import alignment_prefix
 from fairseq_vqem.pipeline.kept import file_name, forget, identity, is_current, remember
 from fairseq_vqem.pipeline.recipe import Options, Recipe, flags
 from fairseq_vqem.pipeline.training import train
+from fairseq_vqem.tasks.translation_vqem import TranslationVQEMConfig
 
 USER_DIR = str(Path(__file__).parents[1])
 ALIGNED_BY = "alignments.json"
@@ -164,8 +165,8 @@ def train_student(run: Run, name: str) -> None:
     decoding = options.pop("generate", {})
     options = {"task": VQEM_TASK, **options}
     if options["task"] == VQEM_TASK:
-        # Validation decodes as the test does.
-        options = {"criterion": "vqem_loss", **run.recipe.latent_student, **options, **decoding}
+        validation = _validation_options(decoding)
+        options = {"criterion": "vqem_loss", **run.recipe.latent_student, **options, **validation}
     data = run.distilled if learns_from_teacher(options) else run.data
     options.pop("distilled", None)
     origin = _origin(data)
@@ -180,6 +181,16 @@ def train_student(run: Run, name: str) -> None:
         origin["teacher"] = file_sha256(run.teacher)
     words, updates = train_words(run, data, options)
     train(run.out / name, words, name, updates, origin)
+
+
+def _validation_options(decoding: Options) -> Options:
+    """Validation decodes as the test does, but without a teacher and by fairseq."""
+    known = {each.name for each in fields(TranslationVQEMConfig)}
+    return {
+        name: value
+        for name, value in decoding.items()
+        if name in known and (name, value) != ("rescore", "teacher")
+    }
 
 
 def _trained(run: Run, name: str, start: str) -> Path:
@@ -228,6 +239,7 @@ def systems(run: Run) -> dict[str, System]:
         model = options.pop("student")
         if model != TEACHER and model not in run.recipe.students:
             raise UserError(f"the variant {name!r} decodes {model!r}, which is no student")
+        options = {**run.recipe.students.get(model, {}).get("generate", {}), **options}
         found[name] = _system(run, model, options)
     files: dict[str, str] = {}
     for name in found:

@@ -31,7 +31,11 @@ BLEU_ORDERS = 4
 class TranslationVQEMConfig(TranslationConfig):
     latent_beam: int = option(1, "beam of the latent search; 1 is greedy")
     latent_candidates: int = option(1, "code sequences decoded per sentence, in one batch")
-    latent_temperature: float = option(0.0, "above 0: candidates are sampled at this temperature")
+    latent_temperature: float = option(
+        0.0,
+        "above 0: candidates are sampled at this temperature, the same ones for a sentence in every"
+        " run and whatever the seed",
+    )
     latent_end: ChoiceEnum(("marginal", "joint")) = option(  # type: ignore[valid-type]
         "marginal", "end where that is likelier than all codes together, or than the best one"
     )
@@ -95,6 +99,9 @@ class TranslationVQEMTask(LearnsCodebook, TranslationTask):
                 "--task translation_vqem trains vqem_transformer architectures only: pass"
                 " --arch vqem_transformer (or _small, _tiny), or --task translation"
             )
+        if not from_checkpoint and self.cfg.eval_latent_bleu:
+            self.build_generator([model], self.validation_arguments())  # refused now, not later
+            model.train()
         return model
 
     def build_criterion(self, cfg: Any, from_checkpoint: bool = False) -> Any:
@@ -137,6 +144,11 @@ class TranslationVQEMTask(LearnsCodebook, TranslationTask):
         candidates = max(self.cfg.latent_candidates, getattr(args, "iter_decode_with_beam", 1))
         if self.cfg.latent_beam < 1 or self.cfg.latent_candidates < 1:
             raise UserError("--latent-beam and --latent-candidates must be at least 1")
+        if self.cfg.latent_temperature < 0:
+            raise UserError(
+                f"--latent-temperature is {self.cfg.latent_temperature}: it must be positive, or 0"
+                " to search the best codes"
+            )
         if self.cfg.latent_length_reward and (
             max(self.cfg.latent_beam, candidates) == 1 or self.cfg.latent_temperature
         ):
@@ -198,7 +210,9 @@ class TranslationVQEMTask(LearnsCodebook, TranslationTask):
         penalty = self.validation_arguments().iter_decode_eos_penalty
         log_probabilities = torch.log_softmax(model.decode_codes(codes, encoder_out).float(), -1)
         tokens, _, lengths = read_words(model, log_probabilities, codes, encoder_out, penalty)
-        return [row[:n] for row, n in zip(tokens, lengths.tolist(), strict=True)]
+        found = [row[:n] for row, n in zip(tokens, lengths.tolist(), strict=True)]
+        # as predicted codes are decoded, so that the two compare
+        return [row.unique_consecutive() for row in found] if self.cfg.remove_repeats else found
 
     def bleu_statistics(
         self, name: str, hypotheses: list[Tensor], sample: dict[str, Any]

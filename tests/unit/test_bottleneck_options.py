@@ -37,6 +37,7 @@ def test_unknown_bottleneck() -> None:
         ("codebook_init", "kmeans++"),
         ("dead_code_threshold", 1.0),
         ("cluster_prior", "learned"),
+        ("posterior_temperature", 2.0),
     ):
         message = f"--bottleneck gumbel does not know --{option.replace('_', '-')}"
         with pytest.raises(UserError, match=message):

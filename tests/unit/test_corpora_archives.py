@@ -116,6 +116,43 @@ def test_finished_text_is_not_made_again(tmp_path: Path, monkeypatch: pytest.Mon
         extract_text("wmt14-en-de", downloads, raw)
 
 
+@pytest.mark.parametrize("change", ["archive", "loose file", "result"])
+def test_changed_sources_and_results_are_noticed(tmp_path: Path, change: str) -> None:
+    """Also where what was unpacked of an earlier archive still lies there."""
+    downloads, raw = tmp_path / "downloads", tmp_path / "raw"
+    corpus = ARCHIVE_CORPORA["wmt14-en-de"]
+    made = make_archives(corpus, downloads)
+    names = [
+        f"newstest2014-deen-{side}.{lang}.sgm" for side, lang in (("src", "en"), ("ref", "de"))
+    ]
+
+    def write_loose(line: str) -> None:
+        for name in names:
+            (downloads / name).write_text(sgm([line]), encoding="utf-8")
+
+    if change == "loose file":
+        write_loose("the first line")
+    before = extract_text("wmt14-en-de", downloads, raw)["splits"]["test"]
+    text = (raw / "test.en").read_text("utf-8")
+    if change == "archive":
+        (path,) = (path for path in made if path.name.startswith("test-full"))
+        path.unlink()
+        with tarfile.open(path, "w:gz") as archive:
+            for name in names:
+                add(archive, f"test-full/{name}", sgm(["another line"]).encode())
+        assert path.is_file()
+    elif change == "loose file":
+        write_loose("another line")
+    else:
+        (raw / "test.en").write_text("another line\n", encoding="utf-8")
+    after = extract_text("wmt14-en-de", downloads, raw)["splits"]["test"]
+    found = (raw / "test.en").read_text("utf-8")
+    if change == "result":
+        assert (found, after) == (text, before)
+    else:
+        assert found == "another line\n" and after["lines"] == 1
+
+
 def test_missing_archives_are_all_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         extract_text("wmt14-en-de", tmp_path / "none", tmp_path / "raw")

@@ -130,6 +130,22 @@ def test_changed_or_unfinished_data_is_made_again(
     assert not (out / "manifest.json").exists()
 
 
+def test_files_of_another_corpus_do_not_stay(
+    data: Path, raw: Path, subwords: SubwordModel, tmp_path: Path
+) -> None:
+    out, text = copy_of(data, tmp_path), tmp_path / "text"
+    (out / "bpe.codes").write_text("another subword model", encoding="utf-8")
+    (out / "dict.fr.txt").write_text("x 1\n", encoding="utf-8")
+    (out / "valid.align.en-de.idx").write_bytes(b"of other sentences")
+    (out / "text").mkdir()
+    shutil.copytree(raw, text)
+    write_split(text, "valid", [("Hello there", "Guten Tag")])
+    binarise(text, out, "en", "de", subwords)
+    wanted = {path.name for path in data.iterdir()}
+    assert {path.name for path in out.iterdir()} == wanted | {"text"}
+    assert load_subwords(out).checksum == subwords.checksum
+
+
 def test_distilled_train_text_with_given_dictionaries(
     data: Path, raw: Path, subwords: SubwordModel, tmp_path: Path
 ) -> None:

@@ -64,7 +64,7 @@ def write_text(folder: Path, pairs: dict[str, list[Pair]]) -> None:
     for split, each in pairs.items():
         for side, language in enumerate(("en", "de")):
             lines = "".join(f"{pair[side]}\r\n" for pair in each)
-            (folder / f"{split}.{language}").write_text(lines, encoding="utf-8", newline="")
+            (folder / f"{split}.{language}").write_text(lines, encoding="utf-8-sig", newline="")
 
 
 def test_prepare_own_text(small_sample: dict[str, list[Pair]], tmp_path: Path) -> None:
@@ -83,6 +83,7 @@ def test_prepare_own_text(small_sample: dict[str, list[Pair]], tmp_path: Path) -
     ("lines", "languages", "message"),
     [
         ("one\ntwo\n", "en en", "both 'en'"),
+        ("one\ntwo\n", "en pt-BR", "'pt-BR' is part of file names"),
         ("one\ntwo\n", "en fr", "lacks train.fr, valid.fr, test.fr"),
         ("one\ntwo\nthree\n", "en de", "test.en has 60 lines and test.de 3"),
         ("", "en de", "test.en has 60 lines and test.de 0"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import reference_em as reference
@@ -100,12 +102,14 @@ def test_the_learned_prior_counts_in_evaluation() -> None:
 
 
 def test_hard_em_goes_to_the_mode_under_a_learned_prior() -> None:
-    """Equal at 4x = log 1/9, that is, x = -0.549; in training and in evaluation."""
-    bottleneck = make("hard-em", 2, 1, cluster_prior="learned")
-    set_codes(bottleneck, torch.tensor([[-1.0], [1.0]]), torch.tensor([1.0, 9.0]))
-    rows = torch.tensor([[-0.6], [-0.5], [0.0], [0.5]])
-    for each in (bottleneck.train(), bottleneck.eval()):
-        assert each(rows).codes.tolist() == [0, 1, 1, 1]
+    """Equal at 4x/τ = log 1/9, that is, x = -0.549 τ; in training and in evaluation."""
+    rows = torch.tensor([[-1.2], [-1.0], [-0.6], [-0.5], [0.5]])
+    for temperature, wanted in ((1.0, [0, 0, 0, 1, 1]), (2.0, [0, 1, 1, 1, 1])):
+        options: dict[str, Any] = dict(cluster_prior="learned", posterior_temperature=temperature)
+        bottleneck = make("hard-em", 2, 1, **options)
+        set_codes(bottleneck, torch.tensor([[-1.0], [1.0]]), torch.tensor([1.0, 9.0]))
+        for each in (bottleneck.train(), bottleneck.eval()):
+            assert each(rows).codes.tolist() == wanted
     assert make("hard-em", 2, 1, cluster_prior="uniform").log_prior() is None
 
 

@@ -143,7 +143,7 @@ def ctc_translator(
         task=task,
         generator=task.build_generator(models, generation),
         subwords=subwords,
-        max_source_tokens=MAX_SOURCE,
+        max_source_tokens=MAX_SOURCE - 1,  # beside BOS
     )
 
 

@@ -120,6 +120,8 @@ def test_a_latent_sees_its_own_part_of_the_picture() -> None:
         ({"bottleneck": "vq"}, "--bottleneck vq is not known"),
         ({"num_codebooks": 2, "codebook_size": 15}, "not a whole number to the power of 2"),
         ({"quantise_schedule": "2"}, "above its maximum"),
+        ({"codebook_split": "residual"}, "for several codebooks"),
+        ({"code_stream": "factorised"}, "there is only one"),
     ],
 )
 def test_wrong_options_are_one_sentence(options: dict[str, Any], message: str) -> None:

@@ -12,7 +12,13 @@ import yaml
 from fairseq_vqem.corpora.files import file_sha256, write_json
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.images.evaluate import Evaluation
-from fairseq_vqem.images.experiment import Experiment, Generated, generate, train_run
+from fairseq_vqem.images.experiment import (
+    Experiment,
+    Generated,
+    generate,
+    software,
+    train_run,
+)
 from fairseq_vqem.images.features import FeatureSpace
 from fairseq_vqem.images.folder import SPLITS, PictureFolder
 from fairseq_vqem.images.prepare import prepare_pictures
@@ -204,6 +210,7 @@ def test_a_prior_of_other_codes_is_refused(tmp_path: Path, change: str) -> None:
         "origin": {
             "checkpoints": [file_sha256(autoencoder), file_sha256(prior)],
             "options": [10_000, 1.0, 3],
+            **software(),
         },
         "result": dict.fromkeys(Generated.__dataclass_fields__, 1.0),
     }

@@ -25,6 +25,7 @@ MODES = {
     "greedy": LatentSearchOptions(),
     "beam": LatentSearchOptions(beam=3),
     "candidates": LatentSearchOptions(beam=4, candidates=3),
+    "samples": LatentSearchOptions(candidates=3, temperature=1.0),
 }
 
 

@@ -162,6 +162,19 @@ def test_samples_belong_to_the_sentence(tiny: Any) -> None:
     assert len({tuple(codes) for codes in rows(together)[2]}) > 1
 
 
+@pytest.mark.parametrize("reward", [0.0, 1.0])
+def test_where_there_are_fewer_sequences_than_beams_some_are_repeated(
+    tiny: Any, reward: float
+) -> None:
+    model, batch = tiny.model(codebook_size=3), tiny.batch([([5, 6], [7])])
+    options = dict(max_ratio=0.0, max_offset=1, length_reward=reward)  # room for one code
+    result = search(model, batch, beam=8, candidates=8, **options)
+    found = rows(result)[0]
+    assert sorted(found[:3]) == [[0], [1], [2]]
+    assert all(codes in found[:3] for codes in found)
+    assert (result.scores > -100).all()
+
+
 def test_what_is_impossible_is_never_drawn() -> None:
     probabilities = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]])
     for number, wanted in ((0.0, 1), (0.499, 1), (0.5, 3), (1 - 2**-53, 3)):

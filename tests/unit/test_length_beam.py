@@ -55,6 +55,8 @@ def test_few_candidates_are_those_of_fairseq(kind: str) -> None:
     for source in SOURCES:
         start = start_of(model, source)
         usual = model.regenerate_length_beam(start, 3).output_tokens
+        if int(usual.ne(PAD).sum(1).min()) == 2:
+            continue  # fairseq offers an empty candidate
         with near_lengths(model, 1.0):
             found = model.regenerate_length_beam(start, 3).output_tokens
         assert found.tolist() == usual.tolist()
@@ -75,7 +77,7 @@ def likeliest_by_teacher(model: Any, teacher: Any, source: list[int], span: floa
     most = max(1, int(span * predicted))
     assert most < BEAM // 2
     found = []
-    for length in range(max(0, predicted - most), predicted + most + 1):
+    for length in range(max(min(predicted, 1), predicted - most), predicted + most + 1):
         tokens = torch.tensor([[BOS, *[model.unk] * length, EOS]])
         scores = torch.zeros(tokens.shape)
         record = start._replace(output_tokens=tokens, output_scores=scores)

@@ -100,6 +100,7 @@ def test_too_long_target(tiny: Any) -> None:
         (dict(predictor_prior="-1"), "below its minimum"),
         (dict(predictor_prior="0:1@5", bottleneck="semhash"), "needs soft-em or hard-em"),
         (dict(code_stream="factorised"), "there is only one"),
+        (dict(codebook_split="residual"), "--codebook-split residual is for several"),
         (dict(code_stream="factorised", bottleneck="semhash", codebook_size=16), "only one"),
         (dict(cluster_prior="learned", bottleneck="gumbel"), "does not know --cluster-prior"),
         (dict(predictor_prior="0.1", num_codebooks=2, codebook_size=16), "needs soft-em or hard"),

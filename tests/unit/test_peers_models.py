@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from argparse import Namespace
 from typing import Any
@@ -118,6 +119,7 @@ def decode(models: list[Any], sample: dict[str, Any], **options: Any) -> list[li
 
 
 SOURCES = [*sentences(11), []]
+TARGETS = [[5, 6], [7], [8, 9]]  # of the first ones
 
 
 @pytest.mark.parametrize(
@@ -176,7 +178,9 @@ def candidates_of(model: Any, source: list[int], count: int) -> list[dict[str, A
         out = model.forward_decoder(record, encoder_out)
         real = out.output_tokens[0].ne(PAD)
         scores = out.output_scores[0][real]
-        found.append({"tokens": out.output_tokens[0][real], "score": float(scores.mean())})
+        words = scores[1:-1]
+        score = float(words.mean()) if len(words) else -math.inf
+        found.append({"tokens": out.output_tokens[0][real], "score": score})
     return found
 
 
@@ -197,6 +201,16 @@ def make_teacher(task: TranslationNATTask) -> Any:
     args.max_source_positions = args.max_target_positions = 100
     ARCH_CONFIG_REGISTRY["transformer"](args)
     return TransformerModel.build_model(args, task).eval()
+
+
+@pytest.mark.parametrize("kind", WITH_CANDIDATES)
+@pytest.mark.parametrize("count", [2, 10, 100])
+def test_no_empty_candidate_wins_where_there_are_words(kind: str, count: int) -> None:
+    """fairseq counts the ends as two sure words, which makes the empty one the best of all."""
+    found = decode([make_model(kind)], batch(SOURCES[:8]), iter_decode_with_beam=count)
+    alone = decode([make_model(kind)], batch(SOURCES[:8]))
+    assert sum(len(tokens) == 2 for tokens in found) <= sum(len(tokens) == 2 for tokens in alone)
+    assert any(len(tokens) > 2 for tokens in found)
 
 
 @pytest.mark.parametrize("kind", ["fertility_nat", "nonautoregressive_transformer"])
@@ -343,15 +357,20 @@ def test_ctc_end_penalty_is_taken_from_the_blank() -> None:
 
 
 def test_ctc_label_smoothing_adds_the_mean_uniform_cross_entropy() -> None:
+    """For each word, of its sentence: so that a batch is the sum of its sentences."""
     task = make_task()
     model = make_model("ctc_nat", task)
-    sample = batch(SOURCES[:3], [[5, 6], [7], [8, 9]])
-    nll, size, _ = CTCNATLoss(task, label_smoothing=0.0)(model, sample)
+    sample = batch(SOURCES[:3], TARGETS)
+    nll, *_ = CTCNATLoss(task, label_smoothing=0.0)(model, sample)
     smoothed, _, log = CTCNATLoss(task, label_smoothing=0.2)(model, sample)
     output = model(**sample["net_input"], target=sample["target"])
-    frames = torch.cat([row[mask] for row, mask in zip(output.logits, output.frames, strict=True)])
-    uniform = -torch.log_softmax(frames, -1).mean()
-    assert float(smoothed) == pytest.approx(float(0.8 * nll + 0.2 * size * uniform), rel=1e-5)
+    uniform = 0.0
+    for row, mask, count in zip(output.logits, output.frames, output.counts, strict=True):
+        uniform -= float(count * torch.log_softmax(row[mask], -1).mean())
+    assert float(smoothed) == pytest.approx(0.8 * float(nll) + 0.2 * uniform, rel=1e-5)
+    parts = [batch([source], [words]) for source, words in zip(SOURCES[:3], TARGETS, strict=True)]
+    losses = [float(CTCNATLoss(task, label_smoothing=0.2)(model, part)[0]) for part in parts]
+    assert sum(losses) == pytest.approx(float(smoothed), rel=1e-5)
     assert float(log["nll"]) == pytest.approx(float(nll))
 
 

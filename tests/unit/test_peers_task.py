@@ -132,6 +132,8 @@ def test_wrong_task_is_named() -> None:
             {"iter_decode_with_external_reranker": True},
             "--iter-decode-with-beam 2",
         ),
+        (["cmlm_transformer"], {"iter_decode_eos_penalty": 1.0}, "cmlm_transformer has neither"),
+        (["fertility_nat"], {"iter_decode_eos_penalty": 1.0}, "fertility_nat has neither"),
     ],
 )
 def test_generation_refuses(kinds: list[str], options: dict[str, Any], message: str) -> None:
@@ -144,6 +146,8 @@ def test_generation_refuses(kinds: list[str], options: dict[str, Any], message: 
 def test_fairseqs_default_number_of_passes_is_no_error() -> None:
     check_generation([make_model("ctc_nat")], Namespace(iter_decode_max_iter=10))
     check_generation([make_model("levenshtein_transformer")], Namespace(iter_decode_max_iter=4))
+    for kind in ("ctc_nat", "levenshtein_transformer"):
+        check_generation([make_model(kind)], Namespace(iter_decode_eos_penalty=1.0))
 
 
 def test_prefix_is_refused() -> None:

@@ -60,6 +60,35 @@ def test_a_student_that_is_not_there_is_named(
     assert not trained
 
 
+def test_a_variant_has_the_options_of_its_student_but_for_its_own(tmp_path: Path) -> None:
+    nat = {**NAT, "generate": {"remove_repeats": True, "iter_decode_with_beam": 1}}
+    run = run_of(tmp_path, nat=nat)
+    variants = {
+        "nat, 5": {"student": "nat", "iter_decode_with_beam": 5},
+        "nat, all": {"student": "nat", "remove_repeats": False},
+    }
+    found = stages.systems(replace(run, recipe=replace(run.recipe, variants=variants)))
+    assert found["nat, 5"].options == {"remove_repeats": True, "iter_decode_with_beam": 5}
+    assert found["nat, all"].options == {"remove_repeats": False, "iter_decode_with_beam": 1}
+
+
+def test_validation_decodes_as_far_as_it_can_as_the_test_does(
+    tmp_path: Path, trained: dict[str, Any]
+) -> None:
+    generate = {
+        "latent_beam": 5,
+        "latent_candidates": 5,
+        "rescore": "teacher",
+        "engine": "exported",
+    }
+    generate["iter_decode_eos_penalty"] = 2
+    run = run_of(tmp_path, latent={"max_update": 3, "generate": generate})
+    stages.train_student(run, "latent")
+    words = trained["words"]
+    assert words[words.index("--latent-beam") + 1] == "5"
+    assert not {"--rescore", "--engine", "--iter-decode-eos-penalty"} & set(words)
+
+
 def test_names_that_share_a_file_are_refused(tmp_path: Path) -> None:
     run = run_of(tmp_path, **{"a, b": NAT, "a-b": NAT})
     with pytest.raises(UserError, match="'a, b' and 'a-b' need names that differ in letters"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from fairseq_vqem.analysis.planted import Planted, draw_centres, draw_points, ju
 from fairseq_vqem.bottlenecks import BottleneckOptions, build_bottleneck
 from fairseq_vqem.bottlenecks.em import EMBottleneck
 from fairseq_vqem.cli import main
+from fairseq_vqem.errors import UserError
 
 SMALL = Planted(centres=8, dimension=4, spread=8.0, steps=60, batch=64, decay=0.9)
 
@@ -54,6 +56,24 @@ def test_training_moves_codes_to_centres() -> None:
     bottleneck = train(SMALL, "hard-em", {"codebook_init": "kmeans++"}, seed=1)
     outcome = judge(SMALL, bottleneck, 1)
     assert outcome.recovered == 8 and outcome.error < 1.1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--centres", "9"], "semhash does not go with --centres 9 .*power of two"),
+        (["--seeds", "0"], "--seeds is 0"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_any_training(
+    words: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planted, "run_all", lambda *_: pytest.fail("went on"))
+    parser = argparse.ArgumentParser()
+    planted.register(parser.add_subparsers())
+    arguments = parser.parse_args(["planted", "--kinds", "hard-em", "semhash", *words])
+    with pytest.raises(UserError, match=message):
+        arguments.run(arguments)
 
 
 def test_command_writes_table_and_plot(

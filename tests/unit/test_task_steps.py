@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import Any
 
 import pytest
 import torch
 from model_helpers import assert_user_error
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from fairseq_vqem.criterions.vqem_loss import VQEMLoss
@@ -98,6 +100,37 @@ def test_validation_bleu_with_one_and_several_workers(tiny: Any) -> None:
     assert logs[0]["_bleu_ref_len"] == logs[0]["_posterior_bleu_ref_len"] == references
     assert logs[0]["_posterior_bleu_totals_0"] == logs[0]["_posterior_bleu_sys_len"]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_repeats_are_removed_from_reconstructions_too(tiny: Any) -> None:
+    batch = tiny.batch(tiny.pairs(20))
+    plain, removing = (tiny.task(remove_repeats=each) for each in (False, True))
+    model = tiny.model(plain)
+    found = [
+        [words.tolist() for words in task.posterior(batch, model)] for task in (plain, removing)
+    ]
+    collapsed = [[word for word, _ in groupby(words)] for words in found[0]]
+    assert found[1] == collapsed != found[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(latent_length_reward=1.0), "--latent-length-reward chooses"),
+        (dict(stop_at_pad_latent=True), "--stop-at-pad-latent needs"),
+        (dict(latent_temperature=-1.0), "--latent-temperature is -1.0"),
+        (dict(rescore="teacher", latent_candidates=4), "needs the teacher's checkpoint"),
+    ],
+)
+def test_unfit_decoding_is_refused_before_training(
+    tiny: Any, options: dict[str, Any], message: str
+) -> None:
+    config = OmegaConf.structured(tiny.model().cfg)
+    config._name = "vqem_transformer"
+    task = tiny.task(eval_latent_bleu=True, eval_bleu_args="{}")
+    assert task.build_model(config).training
+    task = tiny.task(eval_latent_bleu=True, eval_bleu_args="{}", **options)
+    assert_user_error(message, lambda: task.build_model(config))
 
 
 def test_subwords_are_joined_for_bleu(tiny: Any) -> None:
