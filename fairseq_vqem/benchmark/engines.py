@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
@@ -160,9 +161,21 @@ class CTranslate2Engine:
         return self.subwords.decode(" ".join(output))
 
 
-def engine_versions(name: str) -> dict[str, str]:
-    """Versions of what the engine ``name`` needs beside torch and fairseq."""
-    return {package: metadata.version(package) for package in PACKAGES[name]}
+def engine_versions(systems: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Package to version of what the engines of ``systems`` need beside torch and fairseq.
+
+    Args:
+        systems: options of each, as `load_engine` takes them.
+    """
+    names = sorted({str(options.get("engine", "fairseq")) for options in systems})
+    return {package: _version(package) for name in names for package in PACKAGES[name]}
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # another distribution's, such as onnxruntime-gpu
+        return str(getattr(importlib.import_module(package), "__version__", "unknown"))
 
 
 def check_engine(name: str, device: str, weights: str = "float32") -> None:

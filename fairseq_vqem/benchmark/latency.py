@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fairseq_vqem.benchmark.engines import Engine, load_engine, synchroniser
+from fairseq_vqem.benchmark.engines import Engine, engine_versions, load_engine, synchroniser
 from fairseq_vqem.benchmark.signature import make_signature
 from fairseq_vqem.benchmark.tables import (
     ResultRow,
@@ -199,7 +199,11 @@ def _report(
     rows = result_rows(seconds, arguments.baseline, parameters, seed=arguments.seed)
     table = ResultTable(arguments.name, rows, COLUMNS)
     signature = make_signature(
-        data=arguments.data, seed=arguments.seed, device=arguments.device, dtype=arguments.dtype
+        data=arguments.data,
+        seed=arguments.seed,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        engines=engine_versions(options for _, options in systems.values()),
     )
     groups = medians_by_length(seconds, lengths)
     print(render_table(table, asdict(signature)))

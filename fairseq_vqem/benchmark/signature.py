@@ -130,6 +130,11 @@ def code_checksum(package: Path = PACKAGE) -> str:
     return digest.hexdigest()[:CHECKSUM_DIGITS]
 
 
+def software() -> dict[str, Any]:
+    """What results depend on besides models, data and options."""
+    return {"code": code_checksum(), "libraries": library_versions()}
+
+
 def portable_command(words: Sequence[str]) -> str:
     """Join command-line words; absolute paths keep their last part, so that none leaks."""
     shortened = [LEADING_FOLDERS.sub("...", word) for word in words]

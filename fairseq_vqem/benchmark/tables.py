@@ -14,8 +14,9 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
+
+import numpy as np
 
 from fairseq_vqem.benchmark.signature import SIGNATURE_KEY, Signature, read_result, write_result
 from fairseq_vqem.benchmark.timing import Seconds, summarise
@@ -119,9 +120,12 @@ COLUMNS: dict[str, tuple[str, Callable[[ResultRow], str]]] = {
 
 
 def mean_and_spread(values: Sequence[float], digits: int) -> str:
-    """Mean ± sample standard deviation; the mean alone of one value."""
-    text = f"{mean(values):.{digits}f}"
-    return text if len(values) < 2 else f"{text} ± {stdev(values):.{digits}f}"
+    """Mean ± sample standard deviation, perhaps nan; the mean alone of one value."""
+    text = f"{np.mean(values):.{digits}f}"
+    if len(values) < 2:
+        return text
+    with np.errstate(invalid="ignore"):  # of infinities
+        return f"{text} ± {np.std(values, ddof=1):.{digits}f}"
 
 
 def write_table(path: Path, table: ResultTable, signature: Signature, **details: Any) -> None:

@@ -121,7 +121,6 @@ class Bottleneck(nn.Module):
         straight_through: whether the gradient of its latents is that of its input.
         has_codebook_care: whether it follows ``--codebook-init``, ``--dead-code-threshold`` and
             ``--cluster-prior``.
-        has_temperature: whether it follows ``--posterior-temperature``.
         takes_prior: whether it has ``modes`` and its ``forward`` takes a ``log_prior`` ``[N, K]``
             (--predictor-prior).
     """
@@ -130,7 +129,6 @@ class Bottleneck(nn.Module):
     splittable = True
     straight_through = True
     has_codebook_care = False
-    has_temperature = False
     takes_prior = False
 
     def __init__(self, options: BottleneckOptions) -> None:
@@ -195,20 +193,12 @@ def build_bottleneck(name: str, options: BottleneckOptions) -> Bottleneck:
         UserError: there is no such bottleneck; the message lists the known ones.
     """
     kind = find_bottleneck(name)
-    care = {
-        "--codebook-init kmeans++": options.codebook_init != "latest",
-        "--dead-code-threshold": options.dead_code_threshold > 0,
-        "--cluster-prior learned": options.cluster_prior != "uniform",
-    }
-    asked = [flag for flag, wanted in care.items() if wanted]
-    if options.posterior_temperature != 1.0 and not kind.has_temperature:
+    if not kind.has_codebook_care and (
+        options.codebook_init != "latest" or options.dead_code_threshold
+    ):
         raise UserError(
-            f"--bottleneck {name} does not know --posterior-temperature: use it with soft-em,"
-            " hard-em or gm-vq"
-        )
-    if asked and not kind.has_codebook_care:
-        raise UserError(
-            f"--bottleneck {name} does not know {asked[0]}: use it with soft-em or hard-em"
+            f"--bottleneck {name} knows neither --codebook-init kmeans++ nor --dead-code-threshold:"
+            " use them with soft-em or hard-em"
         )
     if options.num_codebooks == 1:
         return kind(options)

@@ -47,7 +47,6 @@ class EMBottleneck(Bottleneck):
     """The part common to hard and soft EM; a subclass supplies the E step."""
 
     has_codebook_care = True
-    has_temperature = True
     takes_prior = True
 
     def __init__(self, options: BottleneckOptions) -> None:

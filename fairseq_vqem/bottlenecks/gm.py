@@ -57,7 +57,6 @@ class GaussianMixtureVQ(ParameterCodebook):
     """
 
     straight_through = False
-    has_temperature = True
 
     def __init__(self, options: BottleneckOptions) -> None:
         super().__init__(options)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fairseq_vqem.benchmark.engines import Engine, load_engine, translate_all
+from fairseq_vqem.benchmark.engines import Engine, engine_versions, load_engine, translate_all
 from fairseq_vqem.benchmark.latency import (
     choose_evenly,
     choose_places,
@@ -96,7 +96,8 @@ def time_rows(
     kept = read_json(path) if path.is_file() else {}
     if kept.get("of") != wanted:
         engines = {name: load(name) for name in systems}
-        kept = {"of": wanted, **_time_sentences(run, engines, sources)}
+        versions = engine_versions(system.options for system in systems.values())
+        kept = {"of": wanted, **_time_sentences(run, engines, sources, versions)}
         del engines
         write_json(path, kept)
     sample = choose_evenly(sources, settings.throughput_sentences)
@@ -132,7 +133,10 @@ def _conditions(run: Run, systems: Mapping[str, System], settings: Settings) -> 
 
 
 def _time_sentences(
-    run: Run, engines: Mapping[str, Engine], sources: Sequence[str]
+    run: Run,
+    engines: Mapping[str, Engine],
+    sources: Sequence[str],
+    versions: Mapping[str, str],
 ) -> dict[str, Any]:
     print("timing all systems, sentence by sentence", flush=True)
     places = choose_places(sources, int(run.recipe.latency.get("sentences", 200)))
@@ -145,7 +149,9 @@ def _time_sentences(
         burn_in=int(run.recipe.latency.get("burn_in", BURN_IN)),
         device=run.device,
     )
-    signature = make_signature(data=run.data, seed=run.recipe.seed, device=run.device)
+    signature = make_signature(
+        data=run.data, seed=run.recipe.seed, device=run.device, engines=versions
+    )
     return {
         "signature": asdict(signature),
         "places": places,

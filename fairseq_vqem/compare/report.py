@@ -47,12 +47,7 @@ class Findings:
     @property
     def engines(self) -> dict[str, str]:
         """Package to version of all engines."""
-        names = {system.options.get("engine", "fairseq") for system in self.systems.values()}
-        return {
-            package: version
-            for name in sorted(names)
-            for package, version in engine_versions(name).items()
-        }
+        return engine_versions(system.options for system in self.systems.values())
 
     def seconds(self, system: str) -> np.ndarray:
         """Timings of shape [repeats, sentences]."""

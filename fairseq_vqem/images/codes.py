@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from fairseq_vqem.benchmark.signature import software
 from fairseq_vqem.corpora.files import file_sha256, read_json, replacing, write_json
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.images.evaluate import encode, load_model
@@ -95,10 +96,15 @@ def write_codes(
     """
     folder, checksum = PictureFolder(data), file_sha256(checkpoint)
     origin = {"checkpoint": checksum, "data": folder.checksum}
-    if (out / MANIFEST).is_file() and read_json(out / MANIFEST).get("origin") == origin:
-        return CodeFolder(out)
+    # apart from the origin, which the prior's training is bound to: equal codes leave it valid
+    made_with = software()
+    if (out / MANIFEST).is_file():
+        kept = read_json(out / MANIFEST)
+        if (kept.get("origin"), kept.get("made_with")) == (origin, made_with):
+            return CodeFolder(out)
     model = load_model(checkpoint, data, device)
     manifest: dict[str, Any] = {"kind": KIND, "origin": origin, "splits": {}}
+    manifest["made_with"] = made_with
     (out / MANIFEST).unlink(missing_ok=True)
     for split in splits:
         pictures, labels = folder.read(split)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fairseq_vqem.benchmark.signature import code_checksum, library_versions
+from fairseq_vqem.benchmark.signature import software
 from fairseq_vqem.corpora.files import file_sha256, read_json, write_json
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.images import sampling
@@ -216,11 +216,6 @@ def generate(experiment: Experiment, system: str, space: FeatureSpace) -> Genera
     )
     write_json(folder / MEASURES, {"origin": origin, "result": asdict(result)})
     return result
-
-
-def software() -> dict[str, Any]:
-    """What measurements depend on besides models and options."""
-    return {"code": code_checksum(), "libraries": library_versions()}
 
 
 def _kept(path: Path, origin: dict[str, Any]) -> dict[str, Any] | None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fairseq_vqem.benchmark.signature import code_checksum, library_versions
+from fairseq_vqem.benchmark.signature import software
 from fairseq_vqem.corpora.files import replacing
 from fairseq_vqem.images.evaluate import batches
 from fairseq_vqem.images.folder import PictureFolder
@@ -74,8 +74,7 @@ def feature_space(folder: PictureFolder, path: Path, epochs: int, seed: int) -> 
     It is trained again where ``path`` was made of other data, with other options or other code.
     """
     network = FeatureNetwork(folder.shape, len(folder.classes))
-    origin = {"data": folder.checksum, "epochs": epochs, "seed": seed, "code": code_checksum()}
-    origin.update(library_versions())
+    origin = {"data": folder.checksum, "epochs": epochs, "seed": seed, **software()}
     if path.is_file():
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["origin"] == origin:

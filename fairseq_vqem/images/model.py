@@ -17,7 +17,7 @@ from fairseq_vqem.images.config import ImageConfig, add_missing_options, check_c
 from fairseq_vqem.images.likelihood import GlobalScale
 from fairseq_vqem.images.modules import PictureDecoder, PictureEncoder
 from fairseq_vqem.images.shapes import SIDE, to_unit
-from fairseq_vqem.models.config import bottleneck_options, check_codebooks, factorises
+from fairseq_vqem.models.config import bottleneck_options, factorises
 from fairseq_vqem.modules.decoders import LatentDictionary
 from fairseq_vqem.schedules import parse_schedule
 
@@ -81,9 +81,7 @@ class VQEMImage(BaseFairseqModel):
                 "vqem_image needs its own task: pass --task image_vqem (and --criterion"
                 " image_vqem_loss in training)"
             )
-        bottleneck = build_bottleneck(cfg.bottleneck, bottleneck_options(cfg))
-        check_codebooks(cfg, bottleneck.digits)
-        return cls(cfg, shape.channels, bottleneck)
+        return cls(cfg, shape.channels, build_bottleneck(cfg.bottleneck, bottleneck_options(cfg)))
 
     def set_num_updates(self, num_updates: int) -> None:
         self.num_updates = num_updates

@@ -15,6 +15,7 @@ from fairseq_vqem.images.criterion import ImageLoss
 from fairseq_vqem.images.dataset import PictureDataset
 from fairseq_vqem.images.folder import PictureFolder
 from fairseq_vqem.images.model import VQEMImage
+from fairseq_vqem.models.config import check_effective
 from fairseq_vqem.tasks.codebook import LearnsCodebook
 
 
@@ -54,6 +55,8 @@ class ImageVQEMTask(LearnsCodebook, FairseqTask):
                 "--task image_vqem trains vqem_image architectures only: pass --arch vqem_image"
                 " (or _small, _tiny)"
             )
+        if not from_checkpoint:  # a training begins
+            check_effective(model.cfg)
         return model
 
     def build_criterion(self, cfg: Any, from_checkpoint: bool = False) -> Any:

@@ -11,7 +11,7 @@ from fairseq.models.transformer.transformer_config import DecoderConfig, EncDecB
 from omegaconf import OmegaConf, open_dict
 
 from fairseq_vqem.bottlenecks import BottleneckOptions
-from fairseq_vqem.bottlenecks.base import CHOICES, find_bottleneck
+from fairseq_vqem.bottlenecks.base import BOTTLENECKS, CHOICES, find_bottleneck
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.modules.convolutions import EXPANDER_KINDS, RESIDUAL_PLACEMENTS
 from fairseq_vqem.schedules import parse_schedule
@@ -62,7 +62,9 @@ class VQEMTransformerConfig(FairseqDataclass):
     dead_code_threshold: float = option(
         0.0, "codes whose moving count falls below are restarted at encoder outputs; 0: never"
     )
-    posterior_temperature: float = option(1.0, "temperature of the posterior of soft-em")
+    posterior_temperature: float = option(
+        1.0, "temperature of the posterior of soft-em, gm-vq and hard-em with a learned prior"
+    )
     cluster_prior: ChoiceEnum(CHOICES["cluster_prior"]) = option(  # type: ignore[valid-type]
         "uniform", "prior over codes in the E step; learned: from the moving counts"
     )
@@ -195,16 +197,32 @@ def factorises(cfg: VQEMTransformerConfig) -> bool:
     return cfg.codebook_size > LARGEST_JOINT_CODEBOOK
 
 
-def check_codebooks(cfg: Any, digits: int) -> None:
-    """Raise ``UserError`` where one codebook (of ``digits`` 1) has options of several."""
-    if str(cfg.codebook_split) != "slice" and cfg.num_codebooks == 1:
+def check_effective(cfg: Any) -> None:
+    """Raise ``UserError`` for options of the codebook that would change nothing in a training.
+
+    A finished checkpoint may have them all the same.
+    """
+    kind, name = find_bottleneck(cfg.bottleneck), str(cfg.bottleneck)
+    single = cfg.num_codebooks == 1
+    if str(cfg.codebook_split) != "slice" and single:
         raise UserError(
             f"--codebook-split {cfg.codebook_split} is for several codebooks: add --num-codebooks"
         )
-    if str(cfg.code_stream) == "factorised" and digits == 1:
+    if str(cfg.code_stream) == "factorised" and single:
         raise UserError(
-            "--code-stream factorised writes one symbol per codebook, but there is only one: give"
-            " --num-codebooks or leave it out"
+            "--code-stream factorised writes one symbol per codebook, but there is only one: leave"
+            " it out"
+        )
+    learned = str(cfg.cluster_prior) == "learned"
+    if learned and not kind.has_codebook_care:
+        raise UserError(
+            f"--bottleneck {name} does not know --cluster-prior: use it with soft-em or hard-em"
+        )
+    unread = set(BOTTLENECKS) - {"soft-em", "gm-vq", *(["hard-em"] if learned else [])}
+    if cfg.posterior_temperature != 1.0 and name in unread:
+        raise UserError(
+            f"--posterior-temperature {cfg.posterior_temperature} changes nothing with --bottleneck"
+            f" {name}: it is for soft-em, gm-vq and, with --cluster-prior learned, hard-em"
         )
 
 

@@ -20,8 +20,8 @@ from fairseq_vqem.models.config import (
     add_missing_options,
     add_switches,
     bottleneck_options,
-    check_codebooks,
     check_config,
+    check_effective,
     factorises,
     transformer_config,
 )
@@ -150,10 +150,11 @@ class VQEMTransformer(FairseqEncoderDecoderModel):
             causal=cfg.causal_decoder,
         )
         bottleneck = build_bottleneck(cfg.bottleneck, bottleneck_options(cfg))
-        check_codebooks(cfg, bottleneck.digits)
         model = cls(cfg, encoder, decoder, bottleneck)
-        if cfg.init_from and getattr(task, "initialises_models", False):
-            initialise_from_teacher(model, cfg.init_from)
+        if getattr(task, "initialises_models", False):  # a training begins
+            check_effective(cfg)
+            if cfg.init_from:
+                initialise_from_teacher(model, cfg.init_from)
         return model
 
     # ------------------------------------------------------------------ training

@@ -20,13 +20,12 @@ def identity(checkpoints: str, options: Mapping[str, Any], task: str) -> dict[st
     Args:
         checkpoints: paths, joined by colons.
     """
-    engine = str(options.get("engine", "fairseq"))
     return {
         "checkpoints": [file_sha256(Path(part)) for part in checkpoints.split(":")],
         "options": plain(options),
         "task": task,
         "code": code_checksum(),
-        "libraries": {**library_versions(), **engine_versions(engine)},
+        "libraries": {**library_versions(), **engine_versions([options])},
     }
 
 

@@ -73,6 +73,8 @@ def read_recipe(path: Path, scale: str = "cpu") -> Recipe:
     missing = [key for key in REQUIRED if key not in content]
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}")
+    if not isinstance(content["name"], str):
+        raise UserError(f"{path}: the name {content['name']} is not a text: put it in quotes")
     for key, value in content.items():
         if key not in ("name", "seed") and not isinstance(value, dict):
             raise UserError(f"{path}: {key} is {value}, not options: give some or leave it out")

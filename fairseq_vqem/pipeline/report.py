@@ -9,6 +9,7 @@ from typing import Any
 
 from fairseq import checkpoint_utils
 
+from fairseq_vqem.benchmark.engines import engine_versions
 from fairseq_vqem.benchmark.scoring import paired_bootstrap, score
 from fairseq_vqem.benchmark.signature import make_signature
 from fairseq_vqem.benchmark.tables import (
@@ -61,7 +62,11 @@ def write_report(run: Run) -> str:
         references,
     )
     signature = make_signature(
-        data=run.data, seed=run.recipe.seed, device=run.device, sacrebleu=metrics
+        data=run.data,
+        seed=run.recipe.seed,
+        device=run.device,
+        sacrebleu=metrics,
+        engines=engine_versions(system.options for system in systems(run).values()),
     )
     distilled = run.distilled / REPORT
     table = ResultTable(run.recipe.name, rows, COLUMNS)

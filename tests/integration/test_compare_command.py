@@ -199,13 +199,21 @@ def test_a_training_whose_data_changed_is_refused(compared: Path) -> None:
     assert outcome.status == 1 and "holds a training on other data" in outcome.errors
 
 
-def test_run_reports_on_rows_of_other_engines(compared: Path) -> None:
+@pytest.fixture(scope="module")
+def reported(compared: Path) -> Path:
+    """After `run` with the same trainings."""
     pytest.importorskip("onnxruntime")
     exported = {"student": "vqem", "engine": "exported", "remove_repeats": True}
     words = ("run", write_recipe(compared, variants={"vqem, exported": exported}))
     outcome = Workshop(compared).run("fairseq_vqem.cli", *words, "--out", compared / "out")
     assert outcome.status == 0, outcome.text
-    rows = {row.system: row for row in read_table(compared / "out" / "result.json")[0].rows}
+    return compared
+
+
+def test_run_reports_on_rows_of_other_engines(reported: Path) -> None:
+    table, signature = read_table(reported / "out" / "result.json")
+    assert set(signature["engines"]) == {"onnx", "onnxruntime"}
+    rows = {row.system: row for row in table.rows}
     assert list(rows) == [*ROWS[:4], "vqem, exported"]
     assert rows["vqem, exported"].bleu == pytest.approx(rows["vqem"].bleu, abs=0.5)
     assert rows["vqem, exported"].latency_median_ms and rows["vqem, exported"].speedup
@@ -220,17 +228,17 @@ def test_a_missing_engine_stops_before_any_training(tmp_path: Path) -> None:
         assert "Traceback" not in outcome.errors and not (tmp_path / "out").exists()
 
 
-def test_run_makes_again_what_was_made_of_another_model(compared: Path) -> None:
-    """After `run` above: a student that was trained again is translated and timed again."""
-    out, student = compared / "out", compared / "out" / "vqem" / "checkpoint_best.pt"
+def test_run_makes_again_what_was_made_of_another_model(reported: Path) -> None:
+    """A student that was trained again is translated and timed again."""
+    out, student = reported / "out", reported / "out" / "vqem" / "checkpoint_best.pt"
     texts = out / "translations"
     kept = {path: path.stat().st_mtime_ns for path in [*texts.glob("*.txt"), out / "latency.json"]}
     original = student.read_bytes()
     content = torch.load(student, weights_only=False)
     content["model"]["decoder.layer_norm.bias"] += 5.0
     torch.save(content, student)
-    outcome = Workshop(compared).run(
-        "fairseq_vqem.cli", "run", write_recipe(compared, variants={}), "--out", out
+    outcome = Workshop(reported).run(
+        "fairseq_vqem.cli", "run", write_recipe(reported, variants={}), "--out", out
     )
     student.write_bytes(original)
     assert outcome.status == 0, outcome.text

@@ -33,15 +33,9 @@ def test_bad_options(options: dict[str, Any], names: str) -> None:
 def test_unknown_bottleneck() -> None:
     with pytest.raises(UserError, match=r"choose one of .*hard-em.*soft-em"):
         build_bottleneck("k-means", BottleneckOptions(4, 2))
-    for option, value in (
-        ("codebook_init", "kmeans++"),
-        ("dead_code_threshold", 1.0),
-        ("cluster_prior", "learned"),
-        ("posterior_temperature", 2.0),
-    ):
-        message = f"--bottleneck gumbel does not know --{option.replace('_', '-')}"
-        with pytest.raises(UserError, match=message):
-            build_bottleneck("gumbel", BottleneckOptions(4, 2, **{option: value}))  # type: ignore[arg-type]
+    for care in (dict(codebook_init="kmeans++"), dict(dead_code_threshold=1.0)):
+        with pytest.raises(UserError, match="--bottleneck gumbel knows neither"):
+            build_bottleneck("gumbel", BottleneckOptions(4, 2, **care))  # type: ignore[arg-type]
     for name in ("no.such:Thing", "fairseq_vqem.errors:Nothing", "fairseq_vqem.errors:UserError"):
         with pytest.raises(UserError, match=f"--bottleneck {name}"):
             build_bottleneck(name, BottleneckOptions(4, 2))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,12 @@ import torch
 from test_api import PAIRS, make_data, make_teacher
 from tiny_student import make_student
 
+import fairseq_vqem
+from fairseq_vqem.benchmark import engines
 from fairseq_vqem.benchmark.engines import (
     CTranslate2Engine,
     FairseqEngine,
+    engine_versions,
     length_batches,
     load_engine,
     translate_all,
@@ -209,3 +214,21 @@ def test_a_damaged_checkpoint_cannot_be_converted(
     broken.write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"broken\.pt"):
         load_engine(str(broken), data, {"engine": "ctranslate2"})
+
+
+def test_versions_of_engines_are_found_whoever_distributes_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("ctranslate2")
+    found = engine_versions([{}, {"engine": "ctranslate2"}, {"beam": 4}])
+    assert set(found) == {"ctranslate2"} and found["ctranslate2"][0].isdigit()
+    monkeypatch.setitem(engines.PACKAGES, "own", ("fairseq_vqem", "json"))
+    monkeypatch.setattr(engines.metadata, "version", missing)
+    assert engine_versions([{"engine": "own"}]) == {
+        "fairseq_vqem": fairseq_vqem.__version__,
+        "json": json.__version__,
+    }
+
+
+def missing(name: str) -> str:
+    raise metadata.PackageNotFoundError(name)

@@ -21,7 +21,7 @@ from fairseq_vqem.images.metrics import mse
 from fairseq_vqem.images.model import VQEMImage
 from fairseq_vqem.images.modules import PictureDecoder, PictureEncoder
 from fairseq_vqem.images.shapes import PictureShape, to_levels, to_pictures
-from fairseq_vqem.models.config import VQEMTransformerConfig
+from fairseq_vqem.models.config import VQEMTransformerConfig, check_effective
 
 TINY: dict[str, Any] = dict(
     embed_dim=8,
@@ -120,13 +120,21 @@ def test_a_latent_sees_its_own_part_of_the_picture() -> None:
         ({"bottleneck": "vq"}, "--bottleneck vq is not known"),
         ({"num_codebooks": 2, "codebook_size": 15}, "not a whole number to the power of 2"),
         ({"quantise_schedule": "2"}, "above its maximum"),
-        ({"codebook_split": "residual"}, "for several codebooks"),
-        ({"code_stream": "factorised"}, "there is only one"),
     ],
 )
 def test_wrong_options_are_one_sentence(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         model_of(**options)
+
+
+def test_options_without_effect_are_refused_in_training() -> None:
+    check_effective(ImageConfig(**TINY))
+    for options, message in (
+        ({"codebook_split": "residual"}, "for several codebooks"),
+        ({"code_stream": "factorised"}, "there is only one"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_effective(ImageConfig(**{**TINY, **options}))
 
 
 def test_model_and_loss_need_their_task() -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
+from fairseq_vqem.benchmark.signature import software
 from fairseq_vqem.corpora.files import file_sha256, write_json
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.images.evaluate import Evaluation
@@ -16,7 +17,6 @@ from fairseq_vqem.images.experiment import (
     Experiment,
     Generated,
     generate,
-    software,
     train_run,
 )
 from fairseq_vqem.images.features import FeatureSpace
@@ -178,6 +178,7 @@ def write_code_folder(made: Experiment, autoencoder: Path, first_code: int) -> N
         "class_shares": [0.1] * 10,
         "splits": dict.fromkeys(SPLITS, recorded),
         "origin": {"checkpoint": file_sha256(autoencoder), "data": made.folder.checksum},
+        "made_with": software(),
     }
     write_json(folder / "manifest.json", manifest)
 

@@ -106,7 +106,6 @@ def test_outputs_and_gradients_equal_the_reference(
     kind: str, size: int, dimension: int, rows: int, update: int, temperature: float, seed: int
 ) -> None:
     torch.manual_seed(seed)
-    temperature = temperature if kind == "gm-vq" else 1.0  # others do not know it
     options = dict(posterior_temperature=temperature, gm_gamma=0.7, gm_beta=1.3, **SCHEDULES)
     bottleneck = make(kind, size, dimension, **options)
     bottleneck.set_num_updates(update)

@@ -99,15 +99,37 @@ def test_too_long_target(tiny: Any) -> None:
         (dict(gold_schedule="soon"), "not a schedule"),
         (dict(predictor_prior="-1"), "below its minimum"),
         (dict(predictor_prior="0:1@5", bottleneck="semhash"), "needs soft-em or hard-em"),
-        (dict(code_stream="factorised"), "there is only one"),
-        (dict(codebook_split="residual"), "--codebook-split residual is for several"),
-        (dict(code_stream="factorised", bottleneck="semhash", codebook_size=16), "only one"),
-        (dict(cluster_prior="learned", bottleneck="gumbel"), "does not know --cluster-prior"),
         (dict(predictor_prior="0.1", num_codebooks=2, codebook_size=16), "needs soft-em or hard"),
     ],
 )
 def test_options_that_do_not_fit(tiny: Any, options: dict[str, Any], match: str) -> None:
     assert_user_error(match, lambda: tiny.model(**options))
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (dict(code_stream="factorised"), "there is only one"),
+        (dict(codebook_split="residual"), "--codebook-split residual is for several"),
+        (dict(cluster_prior="learned", bottleneck="gumbel"), "does not know --cluster-prior"),
+        (dict(posterior_temperature=2.0, bottleneck="gumbel"), "changes nothing with"),
+        (dict(posterior_temperature=2.0, bottleneck="hard-em"), "--cluster-prior learned, hard-em"),
+    ],
+)
+def test_options_without_effect_are_refused_in_training_alone(
+    tiny: Any, options: dict[str, Any], match: str
+) -> None:
+    task = tiny.task()
+    tiny.model(task, **options)  # of a finished checkpoint
+    task.initialises_models = True
+    assert_user_error(match, lambda: tiny.model(task, **options))
+    for fit in (
+        dict(posterior_temperature=2.0),
+        dict(posterior_temperature=2.0, bottleneck="gm-vq"),
+        dict(posterior_temperature=2.0, bottleneck="hard-em", cluster_prior="learned"),
+        dict(codebook_split="residual", num_codebooks=2, codebook_size=16),
+    ):
+        tiny.model(task, **fit)
 
 
 def test_checkpoint_of_other_sizes(tiny: Any) -> None:

@@ -32,6 +32,7 @@ def test_a_recipe_lies_over_the_one_it_extends(tmp_path: Path) -> None:
         ("extends: recipe.yaml\n", "extends itself"),
         ("extends: missing.yaml\n", r"no recipe .*missing\.yaml .*recipe\.yaml extends it"),
         ("- a list\n", "has no keys"),
+        (BASE.replace("base", "2024") + "students: {}\n", "the name 2024 is not a text"),
         (BASE + "students: {}\ncompare:\n", "compare is None, not options"),
         (BASE + "students: {nat: }\n", "'nat' among the students is None"),
         (BASE + "students: {'n:1': {}}\n", "'n:1' among the students must be without"),

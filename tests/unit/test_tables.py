@@ -13,6 +13,7 @@ from fairseq_vqem.benchmark.signature import make_signature
 from fairseq_vqem.benchmark.tables import (
     ResultRow,
     ResultTable,
+    mean_and_spread,
     read_table,
     render_table,
     update_markdown,
@@ -125,3 +126,10 @@ def test_other_results_are_no_tables(root: Path) -> None:
     (root / "other.json").write_text('{"signature": {}, "bleu": 1}')
     with pytest.raises(UserError, match="not a result table"):
         read_table(root / "other.json")
+
+
+def test_mean_and_spread() -> None:
+    assert mean_and_spread([1.0, 2.0, 4.0], 2) == "2.33 ± 1.53"
+    assert mean_and_spread([2.5], 1) == "2.5"
+    assert mean_and_spread([float("nan"), 1.0], 1) == "nan ± nan"
+    assert mean_and_spread([float("inf"), 1.0], 1) == "inf ± nan"
