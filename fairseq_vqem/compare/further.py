@@ -110,7 +110,7 @@ def group_rows(findings: Findings) -> list[ResultRow]:
 
 
 def spread(values: Sequence[float | str | None], digits: int = 2) -> str:
-    """``mean ± standard deviation`` of at least two values; a dash where one is missing."""
+    """``mean ± standard deviation``; a dash where a value is missing."""
     numbers = [float(value) for value in values if value is not None]
     return mean_and_spread(numbers, digits) if len(numbers) == len(values) else MISSING
 

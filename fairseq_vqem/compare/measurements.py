@@ -18,7 +18,7 @@ from fairseq_vqem.benchmark.throughput import time_batches
 from fairseq_vqem.compare.fairness import check_complete
 from fairseq_vqem.compare.settings import KEPT, Settings
 from fairseq_vqem.corpora.files import read_json, write_json
-from fairseq_vqem.pipeline.kept import file_name, identity, plain
+from fairseq_vqem.pipeline.kept import file_name, plain
 from fairseq_vqem.pipeline.stages import Run, System
 
 BURN_IN = 10
@@ -58,7 +58,7 @@ def translate_rows(
     found = Translations({}, {})
     for name, system in systems.items():
         path = run.out / KEPT / f"{file_name(name)}.json"
-        identity = _identity(system)
+        identity = system.identity()
         kept = read_json(path) if path.is_file() else {}
         if kept.get("system") != identity:
             print(f"translating the test set: {name}", flush=True)
@@ -121,7 +121,7 @@ def _conditions(run: Run, systems: Mapping[str, System], settings: Settings) -> 
 
     found: dict[str, Any] = plain(
         {
-            "systems": {name: _identity(system) for name, system in systems.items()},
+            "systems": {name: system.identity() for name, system in systems.items()},
             "latency": run.recipe.latency,
             "throughput_sentences": settings.throughput_sentences,
             "throughput_repeats": settings.throughput_repeats,
@@ -159,10 +159,6 @@ def _time_sentences(
         "seconds": {name: timing.tolist() for name, timing in seconds.items()},
         "translations": texts,
     }
-
-
-def _identity(system: System) -> dict[str, Any]:
-    return identity(system.checkpoints, system.options, system.task)
 
 
 def _seed(seed: int) -> None:

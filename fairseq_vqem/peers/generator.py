@@ -114,7 +114,7 @@ def mean_of_words(hypothesis: dict[str, Any]) -> Tensor:
     """Mean log-probability of the words of ``hypothesis``, which begins with BOS, ends with EOS.
 
     fairseq's own score counts both ends as sure words, so the shorter, the better; it would always
-    choose an empty candidate. Without words there is no such mean, and no shorter one is worse.
+    choose an empty candidate. Without words there is no such mean: it is chosen last.
     """
     scores = hypothesis["positional_scores"][1:-1]
     return scores.mean().cpu() if scores.numel() else torch.tensor(-math.inf)

@@ -54,6 +54,10 @@ class System:
     model: str
     """The teacher or the student that it decodes."""
 
+    def identity(self) -> dict[str, Any]:
+        """What its results were made from, see `kept.identity`."""
+        return identity(self.checkpoints, self.options, self.task)
+
 
 @dataclass(frozen=True)
 class Run:
@@ -261,7 +265,7 @@ def _system(run: Run, model: str, options: Options) -> System:
 def translate(run: Run, name: str) -> None:
     """The test set through fairseq-generate, or the system's own engine."""
     system, path = systems(run)[name], run.translations(name)
-    made_from = _identity(system)
+    made_from = system.identity()
     if is_current(path, made_from):
         return
     forget(path)
@@ -270,10 +274,6 @@ def translate(run: Run, name: str) -> None:
     else:
         _translate_with_fairseq(run, name, system)
     remember(path, made_from)
-
-
-def _identity(system: System) -> dict[str, Any]:
-    return identity(system.checkpoints, system.options, system.task)
 
 
 def _translate_with_fairseq(run: Run, name: str, system: System) -> None:
@@ -326,7 +326,7 @@ def time_systems(run: Run) -> Path:
     """Latency of every system at batch size 1, side by side."""
     output = run.out / "latency.json"
     made_from = {
-        "systems": {name: _identity(system) for name, system in systems(run).items()},
+        "systems": {name: system.identity() for name, system in systems(run).items()},
         "latency": run.recipe.latency,
         "device": device_name(run.device),
     }
