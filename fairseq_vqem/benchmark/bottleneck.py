@@ -23,7 +23,7 @@ from fairseq_vqem.benchmark.tables import (
     render_table,
     write_table,
 )
-from fairseq_vqem.benchmark.timing import Seconds, measure, speedup, summarise
+from fairseq_vqem.benchmark.timing import Seconds, measure, speedup, stopwatch, summarise
 from fairseq_vqem.benchmark.vq_steps import (
     FLOORS,
     LIBRARY,
@@ -166,10 +166,11 @@ def measure_cell(
     if steps:
         repeats = max(1, min(repeats, int(max_seconds / max(longest, 1e-9))))
         # `measure` takes the median over its repeats, and the interval over its "sentences"
-        systems = {name: _ignoring_index(step) for name, step in steps.items()}
-        cell.seconds = measure(
-            systems, repeats, repeats=1, burn_in=BURN_IN, synchronise=synchronise
-        )
+        systems = {
+            name: stopwatch(_ignoring_index(step), synchronise=synchronise)
+            for name, step in steps.items()
+        }
+        cell.seconds = measure(systems, repeats, repeats=1, burn_in=BURN_IN)
     return cell
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -119,36 +120,49 @@ class ForcedExported:
         return lambda: self.engine.translate(batch, codes)
 
 
+@dataclass(frozen=True)
+class Builder:
+    """Makes a contender, with the threads that torch has at that time."""
+
+    engine: str
+    build: Callable[[], Contender]
+
+    def __call__(self, threads: int) -> Contender:
+        return self.build()
+
+
 def make_contenders(
     sizes: Sizes, data: Path, folder: Path, seed: int, workers: int = 1
-) -> dict[str, Contender]:
-    """Every system of these sizes whose packages are installed, with random weights.
+) -> dict[str, Builder]:
+    """Builders of all systems of these sizes whose packages are installed, with random weights.
 
     With more than one of the ``workers``, which share the threads, only the engines that can have
     them.
     """
     teacher = write_random_checkpoint(folder / "ar.pt", data, _ar_words(sizes), seed)
-    found: dict[str, Contender] = {}
+    found: dict[str, Builder] = {}
+
+    def add(name: str, engine: str, kind: Callable[..., Contender], *arguments: Any) -> None:
+        found[name] = Builder(engine, partial(kind, *arguments))
+
     if workers == 1:
-        found[AR_BEAM] = ForcedFairseqAR(teacher, data, 4)
-        found[AR_GREEDY] = ForcedFairseqAR(teacher, data, 1)
+        add(AR_BEAM, "fairseq", ForcedFairseqAR, teacher, data, 4)
+        add(AR_GREEDY, "fairseq", ForcedFairseqAR, teacher, data, 1)
     if _installed("ctranslate2"):
         for compute_type in ("float32", "int8"):
             for name, beam in (("beam 4", 4), ("greedy", 1)):
-                found[f"CTranslate2 AR {compute_type}, {name}"] = ForcedCTranslate2(
-                    teacher, data, beam, compute_type, workers
-                )
+                title, rest = f"CTranslate2 AR {compute_type}, {name}", (compute_type, workers)
+                add(title, "ctranslate2", ForcedCTranslate2, teacher, data, beam, *rest)
     for layers in sizes.latent_layers:
         path = folder / f"student{layers}.pt"
         student = write_random_checkpoint(path, data, _student_words(sizes, layers), seed)
         name = f"VQ-EM, {layers}-layer predictor"
         if workers == 1:
-            found[f"{name}, PyTorch"] = ForcedStudent(student, data, sizes)
+            add(f"{name}, PyTorch", "fairseq", ForcedStudent, student, data, sizes)
         if _installed("onnx") and _installed("onnxruntime"):
             for weights in ("float32", "int8"):
-                found[f"{name}, exported {weights}"] = ForcedExported(
-                    student, data, sizes, weights, workers
-                )
+                title, rest = f"{name}, exported {weights}", (weights, workers)
+                add(title, "exported", ForcedExported, student, data, sizes, *rest)
     return found
 
 

@@ -11,14 +11,16 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from fairseq_vqem.benchmark.contenders import (
     AR_BEAM,
     CT2_BEAM,
+    Builder,
     Contender,
     ForcedExported,
     Sizes,
@@ -26,6 +28,7 @@ from fairseq_vqem.benchmark.contenders import (
 )
 from fairseq_vqem.benchmark.engines import translate_batches
 from fairseq_vqem.benchmark.latency import choose_places
+from fairseq_vqem.benchmark.processes import Processes
 from fairseq_vqem.benchmark.random_models import widen_vocabulary
 from fairseq_vqem.benchmark.signature import Signature, make_signature
 from fairseq_vqem.benchmark.splits import languages, read_split, read_tokens
@@ -37,12 +40,14 @@ from fairseq_vqem.benchmark.tables import (
     write_table,
 )
 from fairseq_vqem.benchmark.timing import Seconds, measure, speedup, summarise
+from fairseq_vqem.benchmark.turns import TimedCalls, process_groups, thread_counts
 from fairseq_vqem.corpora.subwords import load_subwords
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.export.standalone.runtime import Graph
 
 GRAPH_TITLES = {"encode": "encoder", "step": "predictor", "decode": "decoder"}
 THROUGHPUT = "Sentences/s (batch)"
+THREADS = "Threads"
 Rates = dict[tuple[int, int], dict[str, float]]
 """Sentences per second by (batch size, workers) and system."""
 
@@ -51,7 +56,8 @@ Rates = dict[tuple[int, int], dict[str, float]]
 class Timings:
     """What was measured of each system."""
 
-    contenders: Mapping[str, Contender]
+    facts: Mapping[str, tuple[int, int, int]]
+    """Threads, workers and parameters."""
     seconds: Mapping[str, Seconds]
     rates: Rates
     by_length: Mapping[int, Mapping[str, Seconds]]
@@ -119,46 +125,87 @@ def cut_to_length(data: Path, length: int, count: int) -> Workload:
     return Workload(fitting, [length] * len(fitting))
 
 
-def time_workload(
-    contenders: Mapping[str, Contender], workload: Workload, repeats: int, burn_in: int
-) -> dict[str, Seconds]:
-    """Seconds of shape [repeats, sentences] at batch size 1, the contenders taking turns."""
-    pairs = list(zip(workload.sentences, workload.lengths, strict=True))
-    systems = {
-        name: _by_index([contender.prepare([text], length) for text, length in pairs])
-        for name, contender in contenders.items()
-    }
-    return measure(systems, len(pairs), repeats=repeats, burn_in=burn_in)
+class TimedContender(TimedCalls[Contender]):
+    """A contender with its work, in a process of its own; see `TimedCalls`."""
 
+    def __init__(self, build: Builder, workload: Workload, counts: Sequence[int]) -> None:
+        self.workload = workload
+        super().__init__(build, counts)
 
-def time_batches(
-    contenders: Mapping[str, Contender], workload: Workload, size: int, repeats: int
-) -> dict[str, float]:
-    """Sentences per second in batches of ``size``; a batch writes the length of its longest."""
-    order = sorted(range(len(workload.lengths)), key=lambda i: (workload.lengths[i], i))
-    batches = [order[start : start + size] for start in range(0, len(order), size)]
-    systems = {}
-    for name, contender in contenders.items():
+    def prepare(self, made: Contender) -> list[Callable[[], Any]]:
+        pairs = zip(self.workload.sentences, self.workload.lengths, strict=True)
+        return [made.prepare([text], length) for text, length in pairs]
+
+    def take(self, workload: Workload) -> None:
+        """Translate other sentences from now on."""
+        self.workload = workload
+        self.calls = self.prepare(self.made)
+
+    def facts(self) -> tuple[int, int, int]:
+        """Threads, workers and parameters."""
+        return self.threads, self.made.workers, self.made.parameters
+
+    def parts(self) -> dict[str, float]:
+        """`time_graphs` of an exported student, nothing of others."""
+        if not isinstance(self.made, ForcedExported):
+            return {}
+        return time_graphs(self.made, self.workload)
+
+    def batches(self, size: int) -> float:
+        """Sentences per second in batches of ``size``; a batch writes the length of its longest."""
+        sentences, lengths = self.workload.sentences, self.workload.lengths
+        order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
         calls = [
-            contender.prepare(
-                [workload.sentences[i] for i in batch], max(workload.lengths[i] for i in batch)
-            )
-            for batch in batches
+            self.made.prepare([sentences[i] for i in batch], max(lengths[i] for i in batch))
+            for batch in (order[start : start + size] for start in range(0, len(order), size))
         ]
-        systems[name] = _all_of(calls, contender.workers)
-    seconds = measure(systems, 1, repeats=repeats, burn_in=1)
-    return {name: len(order) / float(np.median(timing)) for name, timing in seconds.items()}
+        calls[-1]()
+        start = time.perf_counter()
+        translate_batches(lambda call: call(), calls, self.made.workers)
+        return len(order) / (time.perf_counter() - start)
 
 
-def time_throughput(
-    contenders: Mapping[str, Contender], workload: Workload, sizes: Sequence[int], repeats: int
-) -> Rates:
-    """`time_batches` for each of ``sizes``, by size and number of workers."""
-    found: Rates = {}
-    for size in sizes:
-        for name, rate in time_batches(contenders, workload, size, repeats).items():
-            found.setdefault((size, contenders[name].workers), {})[name] = rate
-    return found
+class Contest:
+    """All contenders, in processes of their own, taking turns; a context manager that ends them.
+
+    Args:
+        counts: of threads, of which each has the one that is faster for it.
+    """
+
+    def __init__(
+        self, builders: Mapping[str, Builder], workload: Workload, counts: Sequence[int], seed: int
+    ) -> None:
+        self.names = list(builders)
+        groups = process_groups({name: {"engine": each.engine} for name, each in builders.items()})
+        self.processes = Processes(groups, seed=seed)
+        for name, builder in builders.items():
+            self.processes.hold(name, partial(TimedContender, builder, workload, counts))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.processes.__exit__()
+
+    def ask(self, method: str, *args: Any) -> dict[str, Any]:
+        """What every contender's method returns, by name."""
+        return {name: self.processes.ask(name, method, *args) for name in self.names}
+
+    def time_workload(self, sentences: int, repeats: int, burn_in: int) -> dict[str, Seconds]:
+        """Seconds of shape [repeats, sentences] at batch size 1."""
+        turns = {name: partial(self.processes.ask, name, "turn") for name in self.names}
+        return measure(turns, sentences, repeats=repeats, burn_in=burn_in)
+
+    def time_throughput(self, sizes: Sequence[int], repeats: int) -> Rates:
+        """Sentences per second by size and number of workers, the median of ``repeats``."""
+        found: Rates = {}
+        workers = {name: facts[1] for name, facts in self.ask("facts").items()}
+        for size in sizes:
+            passes = [self.ask("batches", size) for _ in range(repeats)]
+            for name in self.names:
+                rate = float(np.median([each[name] for each in passes]))
+                found.setdefault((size, workers[name]), {})[name] = rate
+        return found
 
 
 def time_graphs(contender: ForcedExported, workload: Workload) -> dict[str, float]:
@@ -194,14 +241,6 @@ class TimedGraph(Graph):
         return found
 
 
-def _by_index(calls: Sequence[Callable[[], object]]) -> Callable[[int], object]:
-    return lambda index: calls[index]()
-
-
-def _all_of(calls: Sequence[Callable[[], object]], workers: int) -> Callable[[int], object]:
-    return lambda _: translate_batches(lambda call: call(), calls, workers)
-
-
 def _run(arguments: argparse.Namespace) -> int:
     import torch
 
@@ -219,33 +258,32 @@ def _run(arguments: argparse.Namespace) -> int:
     signature = make_signature(data=arguments.data, seed=arguments.seed)
     with tempfile.TemporaryDirectory() as folder:
         data = widen_vocabulary(arguments.data, arguments.vocabulary, Path(folder) / "data")
-        contenders = make_contenders(sizes, data, Path(folder), arguments.seed)
-        _announce(f"{len(contenders)} systems, {len(workload.lengths)} sentences one by one")
-        seconds = time_workload(contenders, workload, arguments.repeats, arguments.burn_in)
-        _announce("sentences cut to size")
-        by_length = {
-            length: time_workload(
-                contenders, cut_to_length(arguments.data, length, 10), arguments.repeats, 1
-            )
-            for length in arguments.lengths
-        }
-        profiles = {
-            name: time_graphs(contender, workload)
-            for name, contender in contenders.items()
-            if isinstance(contender, ForcedExported)
-        }
-        _announce("batches")
-        rates = time_throughput(contenders, workload, arguments.batch_sizes, arguments.repeats)
-        if arguments.batch_sizes and threads > 1:
-            with_workers = make_contenders(
-                sizes, data, Path(folder), arguments.seed, workers=threads
-            )
-            rates |= time_throughput(
-                with_workers, workload, arguments.batch_sizes, arguments.repeats
-            )
-    timings = Timings(contenders, seconds, rates, by_length, profiles)
+        make = partial(make_contenders, sizes, data, Path(folder), arguments.seed)
+        with Contest(make(), workload, thread_counts(threads), arguments.seed) as contest:
+            timings = _time_sentences(arguments, contest, workload)
+        if arguments.batch_sizes:
+            _announce("batches")
+        for workers in sorted({1, threads}) if arguments.batch_sizes else ():
+            with Contest(make(workers), workload, [threads], arguments.seed) as contest:
+                timings.rates.update(
+                    contest.time_throughput(arguments.batch_sizes, arguments.repeats)
+                )
     _report(arguments, sizes, workload, timings, signature)
     return 0
+
+
+def _time_sentences(arguments: argparse.Namespace, contest: Contest, workload: Workload) -> Timings:
+    _announce(f"{len(contest.names)} systems, {len(workload.lengths)} sentences one by one")
+    repeats = arguments.repeats
+    seconds = contest.time_workload(len(workload.lengths), repeats, arguments.burn_in)
+    profiles = {name: parts for name, parts in contest.ask("parts").items() if parts}
+    _announce("sentences cut to size")
+    by_length = {}
+    for length in arguments.lengths:
+        cut = cut_to_length(arguments.data, length, 10)
+        contest.ask("take", cut)
+        by_length[length] = contest.time_workload(len(cut.lengths), repeats, 1)
+    return Timings(contest.ask("facts"), seconds, {}, by_length, profiles)
 
 
 def _announce(step: str) -> None:
@@ -259,7 +297,7 @@ def _report(
     timings: Timings,
     signature: Signature,
 ) -> None:
-    rows = [_row(name, timings, arguments.seed) for name in timings.contenders]
+    rows = [_row(name, timings, arguments.seed) for name in timings.facts]
     columns = [
         "system",
         "latency_median_ms",
@@ -287,7 +325,7 @@ def _report(
 
 
 def _row(name: str, timings: Timings, seed: int) -> ResultRow:
-    extra: dict[str, float | str] = {}
+    extra: dict[str, float | str] = {THREADS: str(timings.facts[name][0])}
     seconds, rates, by_length = timings.seconds, timings.rates, timings.by_length
     for baseline in (AR_BEAM, CT2_BEAM):
         if baseline in seconds:
@@ -305,7 +343,7 @@ def _row(name: str, timings: Timings, seed: int) -> ResultRow:
     return ResultRow(
         system=name,
         **latency_columns(seconds[name], seed=seed),
-        parameters=timings.contenders[name].parameters,
+        parameters=timings.facts[name][2],
         notes=_profile(timings.profiles[name]) if name in timings.profiles else None,
         extra=extra,
     )

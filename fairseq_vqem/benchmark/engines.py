@@ -226,6 +226,18 @@ def load_engine(
     return ExportedEngine(checkpoint, data, rest, device, threads)
 
 
+def load_engine_with(
+    checkpoint: str,
+    data: Path,
+    options: Mapping[str, Any],
+    device: str,
+    dtype: str,
+    threads: int,
+) -> Engine:
+    """`load_engine`, with the threads last: its ``partial`` makes an engine of a number of them."""
+    return load_engine(checkpoint, data, options, device=device, dtype=dtype, threads=threads)
+
+
 def translate_all(engine: Engine, sentences: Sequence[str], batch_size: int) -> list[str]:
     """One translation per sentence, in order; an empty line stays empty.
 

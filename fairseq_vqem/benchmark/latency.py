@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fairseq_vqem.benchmark.engines import Engine, engine_versions, load_engine, synchroniser
+from fairseq_vqem.benchmark.engines import Engine, engine_versions, load_engine_with
+from fairseq_vqem.benchmark.processes import Processes
 from fairseq_vqem.benchmark.signature import make_signature
 from fairseq_vqem.benchmark.tables import (
     ResultRow,
@@ -22,7 +24,8 @@ from fairseq_vqem.benchmark.tables import (
     render_table,
     write_table,
 )
-from fairseq_vqem.benchmark.timing import Seconds, measure, medians_by_length, speedup
+from fairseq_vqem.benchmark.timing import Seconds, medians_by_length, speedup
+from fairseq_vqem.benchmark.turns import EngineTimings, process_groups, time_engines
 from fairseq_vqem.corpora.files import read_lines
 from fairseq_vqem.corpora.subwords import load_subwords
 from fairseq_vqem.errors import UserError
@@ -62,7 +65,9 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--sentences", type=int, default=200, help="how many, evenly spaced")
     parser.add_argument("--repeats", type=int, default=3, help="times each sentence is translated")
     parser.add_argument("--burn-in", type=int, default=10, help="untimed sentences per system")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument(
+        "--threads", type=int, help="CPU threads, or one where that is faster (default: torch's)"
+    )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--dtype", default="float32", help="float32, float16 or bfloat16")
     parser.add_argument("--seed", type=int, default=1, help="seed of sampling and bootstrap")
@@ -134,53 +139,23 @@ def _run(arguments: argparse.Namespace) -> int:
 
     systems = parse_systems(arguments.system, arguments.system_options)
     _check_arguments(arguments, systems)
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    torch.manual_seed(arguments.seed)
-    engines = {name: _load(path, options, arguments) for name, (path, options) in systems.items()}
+    threads = arguments.threads or torch.get_num_threads()
     sentences = choose_evenly(_sentences(arguments), arguments.sentences)
     if not sentences:
         raise UserError("There is no sentence to translate; give a --source with text.")
-    seconds, _ = time_engines(
-        engines,
-        sentences,
-        repeats=arguments.repeats,
-        burn_in=arguments.burn_in,
-        device=arguments.device,
-    )
-    parameters = {name: engine.parameters for name, engine in engines.items()}
-    _report(arguments, systems, seconds, parameters, source_lengths(arguments.data, sentences))
+    groups = process_groups({name: options for name, (_, options) in systems.items()})
+    with Processes(groups, seed=arguments.seed) as processes:
+        timings = time_engines(
+            processes,
+            {name: _loader(path, options, arguments) for name, (path, options) in systems.items()},
+            sentences,
+            threads=threads,
+            repeats=arguments.repeats,
+            burn_in=arguments.burn_in,
+            device=arguments.device,
+        )
+    _report(arguments, systems, timings, source_lengths(arguments.data, sentences))
     return 0
-
-
-def time_engines(
-    engines: Mapping[str, Engine],
-    sentences: Sequence[str],
-    *,
-    repeats: int,
-    burn_in: int,
-    device: str = "cpu",
-) -> tuple[dict[str, Seconds], dict[str, list[str]]]:
-    """Time ``engines`` on ``sentences`` one by one, taking turns.
-
-    Returns:
-        For each engine its timings, of shape [repeats, sentences], and its translations: what was
-        timed can be compared with what was scored.
-    """
-    batches = {name: [engine.encode([s]) for s in sentences] for name, engine in engines.items()}
-    outputs: dict[str, dict[int, Any]] = {name: {} for name in engines}
-    seconds = measure(
-        {name: _timed(engine, batches[name], outputs[name]) for name, engine in engines.items()},
-        len(sentences),
-        repeats=repeats,
-        burn_in=burn_in,
-        synchronise=synchroniser(device),
-    )
-    texts = {
-        name: [engine.text(outputs[name][place][0]) for place in range(len(sentences))]
-        for name, engine in engines.items()
-    }
-    return seconds, texts
 
 
 def source_lengths(data: Path, sentences: Sequence[str]) -> list[int]:
@@ -192,11 +167,11 @@ def source_lengths(data: Path, sentences: Sequence[str]) -> list[int]:
 def _report(
     arguments: argparse.Namespace,
     systems: Mapping[str, tuple[str, dict]],
-    seconds: Mapping[str, Seconds],
-    parameters: Mapping[str, int],
+    timings: EngineTimings,
     lengths: Sequence[int],
 ) -> None:
-    rows = result_rows(seconds, arguments.baseline, parameters, seed=arguments.seed)
+    seconds = timings.seconds
+    rows = result_rows(seconds, arguments.baseline, timings.parameters, seed=arguments.seed)
     table = ResultTable(arguments.name, rows, COLUMNS)
     signature = make_signature(
         data=arguments.data,
@@ -215,6 +190,7 @@ def _report(
             signature,
             by_source_length=groups,
             options={name: options for name, (_, options) in systems.items()},
+            threads=timings.threads,
             sentences=len(lengths),
             repeats=arguments.repeats,
             burn_in=arguments.burn_in,
@@ -254,16 +230,9 @@ def _check_arguments(arguments: argparse.Namespace, systems: Mapping[str, object
         raise UserError("--sentences and --repeats must be at least 1, --burn-in at least 0.")
 
 
-def _load(paths: str, options: dict[str, Any], arguments: argparse.Namespace) -> Engine:
-    import torch
-
-    return load_engine(
-        paths,
-        arguments.data,
-        options,
-        device=arguments.device,
-        dtype=arguments.dtype,
-        threads=torch.get_num_threads(),
+def _loader(paths: str, options: dict[str, Any], arguments: argparse.Namespace) -> partial[Engine]:
+    return partial(
+        load_engine_with, paths, arguments.data, options, arguments.device, arguments.dtype
     )
 
 
@@ -273,12 +242,3 @@ def _sentences(arguments: argparse.Namespace) -> list[str]:
     from fairseq_vqem.benchmark.splits import read_split
 
     return read_split(arguments.data, "test")[0]
-
-
-def _timed(
-    engine: Engine, batches: Sequence[Any], outputs: dict[int, Any]
-) -> Callable[[int], object]:
-    def translate(index: int) -> None:
-        outputs[index] = engine.translate(batches[index])
-
-    return translate

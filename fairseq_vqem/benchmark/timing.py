@@ -12,6 +12,11 @@ from numpy.typing import NDArray
 Seconds = NDArray[np.float64]
 BOOTSTRAP_SAMPLES = 2000
 ORDER_SEED = 1
+TURN = 10
+"""Sentences that a system translates before the next one's turn."""
+REST_SECONDS = 0.05
+Turn = Callable[[Sequence[int]], Sequence[float]]
+"""Translates the sentences at the given places one after another; returns the seconds of each."""
 PERCENT_95 = (2.5, 97.5)
 MS = 1000.0
 
@@ -39,41 +44,65 @@ class Speedup:
         return f"{self.ratio:.2f}× [{self.ci[0]:.2f}, {self.ci[1]:.2f}]"
 
 
+def stopwatch(
+    translate: Callable[[int], object],
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+    synchronise: Callable[[], object] = lambda: None,
+) -> Turn:
+    """A turn of a system.
+
+    Args:
+        translate: translates the sentence at a place.
+        clock: seconds, monotonous.
+        synchronise: waits until the device is idle; called before each reading of the clock.
+    """
+
+    def turn(places: Sequence[int]) -> list[float]:
+        seconds = []
+        for place in places:
+            synchronise()
+            start = clock()
+            translate(place)
+            synchronise()
+            seconds.append(clock() - start)
+        return seconds
+
+    return turn
+
+
 def measure(
-    systems: Mapping[str, Callable[[int], object]],
+    systems: Mapping[str, Turn],
     sentences: int,
     *,
     repeats: int,
     burn_in: int,
-    clock: Callable[[], float] = time.perf_counter,
-    synchronise: Callable[[], object] = lambda: None,
+    rest: Callable[[], object] = lambda: time.sleep(REST_SECONDS),
 ) -> dict[str, Seconds]:
-    """Time each system on each sentence, taking turns so that drift of the machine hits all alike.
+    """Time each system on each sentence, in turns of `TURN` sentences, so that drift of the
+    machine hits all alike.
+
+    Before each turn the machine rests, until idle threads of the system before sleep, and the
+    sentence before the turn's first is translated untimed: the others have emptied the caches.
 
     Args:
-        systems: name to a function that translates the sentence with the given index.
-        burn_in: untimed passes over the first sentences, this many for each system.
-        clock: seconds, monotonous.
-        synchronise: waits until the device is idle; called before each reading of the clock.
+        burn_in: untimed sentences of each system at the start.
 
     Returns:
         For each system seconds of shape [repeats, sentences].
     """
-    # In a fixed order each would always follow the same one, whose idle threads may still spin.
     random = np.random.default_rng(ORDER_SEED)
     names = list(systems)
-    for index in range(burn_in):
-        for name in names:
-            systems[name](index % sentences)
+    for name in names:
+        systems[name]([place % sentences for place in range(burn_in)])
     seconds = {name: np.zeros((repeats, sentences)) for name in names}
     for repeat in range(repeats):
-        for index in range(sentences):
+        for first in range(0, sentences, TURN):
+            places = range(first, min(first + TURN, sentences))
             for name in random.permutation(names):
-                synchronise()
-                start = clock()
-                systems[name](index)
-                synchronise()
-                seconds[name][repeat, index] = clock() - start
+                rest()
+                found = systems[name]([(first - 1) % sentences, *places])
+                seconds[name][repeat, places.start : places.stop] = found[1:]
     return seconds
 
 

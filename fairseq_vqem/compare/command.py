@@ -13,7 +13,7 @@ from fairseq_vqem.benchmark.splits import languages
 from fairseq_vqem.benchmark.tables import render_table
 from fairseq_vqem.compare.fairness import check_no_leak, check_same_outputs
 from fairseq_vqem.compare.further import write_further_tables
-from fairseq_vqem.compare.measurements import loader, time_rows, translate_rows
+from fairseq_vqem.compare.measurements import time_rows, translate_rows
 from fairseq_vqem.compare.page import write_page
 from fairseq_vqem.compare.report import Findings, report_folder, write_comparison
 from fairseq_vqem.compare.settings import Settings, read_settings
@@ -73,10 +73,9 @@ def compare(run: stages.Run, settings: Settings) -> str:
     raw = run.out / "corpus" / "raw"
     sources = list(read_lines(raw / f"test.{source}"))
     references = list(read_lines(raw / f"test.{target}"))
-    load = loader(run, systems, threads)
-    translations = translate_rows(run, systems, load, sources, settings.decode_batch_size)
+    translations = translate_rows(run, systems, sources, settings, threads)
     hypotheses = translations.texts
-    timings = time_rows(run, systems, load, sources, settings)
+    timings = time_rows(run, systems, sources, settings, threads)
     same = check_same_outputs(
         hypotheses, timings["translations"], timings["places"], settings.sampled
     )

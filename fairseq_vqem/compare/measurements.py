@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
-from fairseq_vqem.benchmark.engines import Engine, engine_versions, load_engine, translate_all
-from fairseq_vqem.benchmark.latency import (
-    choose_evenly,
-    choose_places,
-    source_lengths,
+from fairseq_vqem.benchmark.engines import engine_versions, load_engine_with, translate_all
+from fairseq_vqem.benchmark.latency import choose_evenly, choose_places, source_lengths
+from fairseq_vqem.benchmark.processes import Processes
+from fairseq_vqem.benchmark.signature import device_name, make_signature
+from fairseq_vqem.benchmark.turns import (
+    LoadEngine,
+    process_groups,
+    time_best_batches,
     time_engines,
 )
-from fairseq_vqem.benchmark.signature import device_name, make_signature
-from fairseq_vqem.benchmark.throughput import time_batches
 from fairseq_vqem.compare.fairness import check_complete
 from fairseq_vqem.compare.settings import KEPT, Settings
 from fairseq_vqem.corpora.files import read_json, write_json
@@ -32,29 +34,28 @@ class Translations:
     parameters: dict[str, int]
 
 
-def loader(run: Run, systems: Mapping[str, System], threads: int) -> Callable[[str], Engine]:
-    """A function that makes a system ready to translate.
-
-    Systems are loaded when it is their turn: each keeps the memory of its largest batch.
-    """
-
-    def load(name: str) -> Engine:
-        system = systems[name]
-        return load_engine(
-            system.checkpoints, run.data, system.options, device=run.device, threads=threads
+def loaders(run: Run, systems: Mapping[str, System]) -> dict[str, LoadEngine]:
+    """What makes each system ready to translate, with the threads that it is given."""
+    return {
+        name: partial(
+            load_engine_with, system.checkpoints, run.data, system.options, run.device, "float32"
         )
-
-    return load
+        for name, system in systems.items()
+    }
 
 
 def translate_rows(
     run: Run,
     systems: Mapping[str, System],
-    load: Callable[[str], Engine],
     sources: Sequence[str],
-    batch_size: int,
+    settings: Settings,
+    threads: int,
 ) -> Translations:
-    """Translations of ``sources`` by every system, from disk where they are up to date."""
+    """Translations of ``sources`` by every system, from disk where they are up to date.
+
+    Systems are loaded when it is their turn: each keeps the memory of its largest batch.
+    """
+    load = loaders(run, systems)
     found = Translations({}, {})
     for name, system in systems.items():
         path = run.out / KEPT / f"{file_name(name)}.json"
@@ -63,8 +64,8 @@ def translate_rows(
         if kept.get("system") != identity:
             print(f"translating the test set: {name}", flush=True)
             _seed(run.recipe.seed)
-            engine = load(name)
-            hypotheses = translate_all(engine, sources, batch_size)
+            engine = load[name](threads)
+            hypotheses = translate_all(engine, sources, settings.decode_batch_size)
             kept = {
                 "system": identity,
                 "parameters": engine.parameters,
@@ -79,46 +80,51 @@ def translate_rows(
 def time_rows(
     run: Run,
     systems: Mapping[str, System],
-    load: Callable[[str], Engine],
     sources: Sequence[str],
     settings: Settings,
+    threads: int,
 ) -> dict[str, Any]:
     """Latency at batch size 1 and throughput in batches, all systems taking turns.
 
     Returns:
         ``places`` (which sentences were timed), ``source_tokens`` of each, and by system
-        ``seconds`` ([repeats, sentences]) and ``translations``; ``throughput`` has for each batch
-        size the seconds ([repeats]) by system for ``throughput_sentences``; ``signature`` says
-        how they were made, perhaps by an earlier call.
+        ``seconds`` ([repeats, sentences]), ``threads`` and ``translations``; ``throughput`` has
+        for each batch size the seconds ([repeats]) by system for ``throughput_sentences``;
+        ``signature`` says how they were made, perhaps by an earlier call.
     """
     path = run.out / KEPT / f"timings-{run.recipe.name}.json"
-    wanted = _conditions(run, systems, settings)
+    wanted = _conditions(run, systems, settings, threads)
     kept = read_json(path) if path.is_file() else {}
     if kept.get("of") != wanted:
-        engines = {name: load(name) for name in systems}
-        versions = engine_versions(system.options for system in systems.values())
-        kept = {"of": wanted, **_time_sentences(run, engines, sources, versions)}
-        del engines
+        kept = {"of": wanted, **_time_sentences(run, systems, sources, threads)}
         write_json(path, kept)
     sample = choose_evenly(sources, settings.throughput_sentences)
     kept["throughput_sentences"] = len(sample)
     throughput = kept.setdefault("throughput", {})
-    for size in settings.batch_sizes:
-        seconds = throughput.setdefault(str(size), {name: [] for name in systems})
-        for turn in range(settings.throughput_repeats):
-            waiting = [name for name in systems if len(seconds[name]) <= turn]
-            if waiting:
-                print(f"timing all systems in batches of {size}, pass {turn + 1}", flush=True)
-            for name in waiting:
-                seconds[name].append(time_batches(load(name), sample, size, run.device))
-                write_json(path, kept)
+    load = loaders(run, systems)
+    with _processes(run, systems) as processes:
+        for size in settings.batch_sizes:
+            seconds = throughput.setdefault(str(size), {name: [] for name in systems})
+            for turn in range(settings.throughput_repeats):
+                waiting = [name for name in systems if len(seconds[name]) <= turn]
+                if waiting:
+                    print(f"timing all systems in batches of {size}, pass {turn + 1}", flush=True)
+                for name in waiting:
+                    arguments = load[name], sample, size, threads, run.device
+                    seconds[name].append(processes.call(name, time_best_batches, *arguments))
+                    write_json(path, kept)
     return dict(kept)
 
 
-def _conditions(run: Run, systems: Mapping[str, System], settings: Settings) -> dict[str, Any]:
-    """What kept timings must have been made with to be used again."""
-    import torch
+def _processes(run: Run, systems: Mapping[str, System]) -> Processes:
+    groups = process_groups({name: system.options for name, system in systems.items()})
+    return Processes(groups, seed=run.recipe.seed)
 
+
+def _conditions(
+    run: Run, systems: Mapping[str, System], settings: Settings, threads: int
+) -> dict[str, Any]:
+    """What kept timings must have been made with to be used again."""
     found: dict[str, Any] = plain(
         {
             "systems": {name: system.identity() for name, system in systems.items()},
@@ -126,38 +132,41 @@ def _conditions(run: Run, systems: Mapping[str, System], settings: Settings) -> 
             "throughput_sentences": settings.throughput_sentences,
             "throughput_repeats": settings.throughput_repeats,
             "device": device_name(run.device),
-            "threads": torch.get_num_threads(),
+            "threads": threads,
         }
     )
     return found
 
 
 def _time_sentences(
-    run: Run,
-    engines: Mapping[str, Engine],
-    sources: Sequence[str],
-    versions: Mapping[str, str],
+    run: Run, systems: Mapping[str, System], sources: Sequence[str], threads: int
 ) -> dict[str, Any]:
     print("timing all systems, sentence by sentence", flush=True)
     places = choose_places(sources, int(run.recipe.latency.get("sentences", 200)))
     chosen = [sources[place] for place in places]
-    _seed(run.recipe.seed)
-    seconds, texts = time_engines(
-        engines,
-        chosen,
-        repeats=int(run.recipe.latency.get("repeats", 3)),
-        burn_in=int(run.recipe.latency.get("burn_in", BURN_IN)),
-        device=run.device,
-    )
+    with _processes(run, systems) as processes:
+        timings = time_engines(
+            processes,
+            loaders(run, systems),
+            chosen,
+            threads=threads,
+            repeats=int(run.recipe.latency.get("repeats", 3)),
+            burn_in=int(run.recipe.latency.get("burn_in", BURN_IN)),
+            device=run.device,
+        )
     signature = make_signature(
-        data=run.data, seed=run.recipe.seed, device=run.device, engines=versions
+        data=run.data,
+        seed=run.recipe.seed,
+        device=run.device,
+        engines=engine_versions(system.options for system in systems.values()),
     )
     return {
         "signature": asdict(signature),
         "places": places,
         "source_tokens": source_lengths(run.data, chosen),
-        "seconds": {name: timing.tolist() for name, timing in seconds.items()},
-        "translations": texts,
+        "threads": timings.threads,
+        "seconds": {name: seconds.tolist() for name, seconds in timings.seconds.items()},
+        "translations": timings.translations,
     }
 
 

@@ -21,7 +21,7 @@ from fairseq_vqem.errors import UserError
 from fairseq_vqem.pipeline.report import training_summary
 from fairseq_vqem.pipeline.stages import TEACHER, VQEM_TASK, Run, System
 
-DATA, P_VALUE, LENGTH, COMET = "Targets", "p", "Length", "COMET"
+DATA, P_VALUE, LENGTH, THREADS, COMET = "Targets", "p", "Length", "Threads", "COMET"
 THROUGHPUT, TRAINING, MEMORY = "Sentences/s (batch)", "Training (tokens/s)", "Training memory (MiB)"
 
 
@@ -80,7 +80,7 @@ def make_table(findings: Findings) -> tuple[ResultTable, dict[str, Any]]:
         for name in findings.systems
     ]
     columns = ["system", DATA, "bleu", P_VALUE, "chrf", LENGTH, *([COMET] if comet else [])]
-    columns += ["latency_median_ms", "latency_p90_ms"]
+    columns += ["latency_median_ms", "latency_p90_ms", THREADS]
     columns += [_speedup_heading(baseline) for baseline in settings.baselines]
     columns += [THROUGHPUT, "parameters", TRAINING, MEMORY]
     seconds = {name: findings.seconds(name) for name in findings.systems}
@@ -129,6 +129,7 @@ def _row(
         DATA: system.data,
         P_VALUE: p_text(paired.bleu_p),
         LENGTH: f"{scores.length_ratio:.3f}",
+        THREADS: str(findings.timings["threads"][name]),
     }
     if comet is not None:
         extra[COMET] = comet

@@ -21,7 +21,12 @@ from fairseq_vqem.benchmark.contenders import (
     Sizes,
     make_contenders,
 )
-from fairseq_vqem.benchmark.decoding import cut_to_length, read_workload, time_graphs
+from fairseq_vqem.benchmark.decoding import (
+    THROUGHPUT,
+    cut_to_length,
+    read_workload,
+    time_graphs,
+)
 from fairseq_vqem.benchmark.random_models import widen_vocabulary
 from fairseq_vqem.benchmark.splits import read_split
 from fairseq_vqem.benchmark.tables import read_table
@@ -68,7 +73,8 @@ def test_vocabulary_is_widened(data: Path, tmp_path: Path) -> None:
 def test_contenders_obey_the_length(data: Path, tmp_path: Path) -> None:
     torch.set_num_threads(1)
     contenders = make_contenders(SIZES, data, tmp_path, seed=1)
-    for name, contender in contenders.items():
+    for name, builder in contenders.items():
+        contender = builder(1)
         for length in (1, 5, 12):
             call = contender.prepare(["the cat", "the dog sees the cow"], length)
             if isinstance(contender, ForcedExported):
@@ -82,7 +88,7 @@ def test_contenders_obey_the_length(data: Path, tmp_path: Path) -> None:
                 assert codes_of(generator, contender, batch) == SIZES.codes(length)
             else:
                 assert written == [length, length], name
-    assert isinstance(contenders[AR_BEAM], ForcedFairseqAR)
+    assert isinstance(contenders[AR_BEAM](1), ForcedFairseqAR)
 
 
 def graph_calls(contender: ForcedExported, call: Callable[[], object]) -> tuple[int, int]:
@@ -100,7 +106,7 @@ def test_the_parts_of_an_exported_student_add_up(data: Path, tmp_path: Path) -> 
     pytest.importorskip("onnxruntime")
     found = make_contenders(SIZES, data, tmp_path, seed=1)[
         "VQ-EM, 1-layer predictor, exported int8"
-    ]
+    ](1)
     assert isinstance(found, ForcedExported)
     graphs = dict(found.engine.translator.graphs)
     start = time.perf_counter()
@@ -134,5 +140,6 @@ def test_command_line(data: Path, tmp_path: Path) -> None:
     assert AR_BEAM in rows and "VQ-EM, 1-layer predictor, PyTorch" in rows
     extra = rows[AR_BEAM].extra or {}
     assert str(extra[f"Speed-up over {AR_BEAM}"]).startswith("1.00×")
+    assert extra["Threads"] == "1" and THROUGHPUT in extra
     assert float(extra["Ratio"]) > 0 and "8 subwords (ms)" in table.columns
     assert (CT2_BEAM in rows) == (f"Speed-up over {CT2_BEAM}" in extra)

@@ -1,10 +1,12 @@
 """Systems are translated and timed in turns; what is done is kept."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from in_process import InProcess
 
 from fairseq_vqem.compare import measurements
 from fairseq_vqem.compare.settings import Settings
@@ -30,6 +32,11 @@ def systems(tmp_path: Path) -> dict[str, System]:
     }
 
 
+@pytest.fixture(autouse=True)
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measurements, "Processes", InProcess)
+
+
 class Upper:
     """Translates to capitals, and keeps count of how often it was loaded."""
 
@@ -48,6 +55,12 @@ class Upper:
         return output
 
 
+def load_by(monkeypatch: pytest.MonkeyPatch, load: Callable[[str], Any]) -> None:
+    """Let ``load`` make the engines."""
+    loaders = {name: partial(lambda name, threads: load(name), name) for name in "ab"}
+    monkeypatch.setattr(measurements, "loaders", lambda run, systems: loaders)
+
+
 @pytest.mark.parametrize(("wanted", "timed"), [(3, ["one", "three", "five"]), (99, None)])
 def test_throughput_takes_a_sample(
     wanted: int,
@@ -58,14 +71,14 @@ def test_throughput_takes_a_sample(
 ) -> None:
     seen: list[Sequence[str]] = []
 
-    def time_batches(_: Any, sentences: Sequence[str], *__: Any) -> float:
+    def time_best_batches(_: Any, sentences: Sequence[str], *__: Any) -> float:
         seen.append(sentences)
         return 1.0
 
-    monkeypatch.setattr(measurements, "time_batches", time_batches)
+    monkeypatch.setattr(measurements, "time_best_batches", time_best_batches)
     monkeypatch.setattr(measurements, "_time_sentences", lambda *_: {})
     settings = Settings(batch_sizes=[4], throughput_sentences=wanted, throughput_repeats=1)
-    found = measurements.time_rows(run, systems, lambda name: Upper([], name), SOURCES, settings)
+    found = measurements.time_rows(run, systems, SOURCES, settings, 1)
     assert seen == [timed or [source for source in SOURCES if source]] * 2
     assert found["throughput_sentences"] == len(seen[0])
 
@@ -81,27 +94,30 @@ def test_systems_take_turns_and_an_interrupted_timing_goes_on(
             raise KeyboardInterrupt
         return Upper(loaded, name)
 
+    load_by(monkeypatch, load)
     with pytest.raises(KeyboardInterrupt):
-        measurements.time_rows(run, systems, load, SOURCES, SETTINGS)
-    assert loaded == [*"ab", *"aba"]  # together for latency, then one at a time
+        measurements.time_rows(run, systems, SOURCES, SETTINGS, 1)
+    assert loaded == [*"ababa"]
     rest: list[str] = []
-    found = measurements.time_rows(run, systems, lambda name: Upper(rest, name), SOURCES, SETTINGS)
-    assert rest == [*"b", *"abab"]
+    load_by(monkeypatch, lambda name: Upper(rest, name))
+    found = measurements.time_rows(run, systems, SOURCES, SETTINGS, 1)
+    assert rest == [*"bab"]
     assert {size: set(map(len, each.values())) for size, each in found["throughput"].items()} == {
         "4": {2},
         "8": {2},
     }
 
 
-def test_translations_are_kept_with_their_parameters(run: Run, systems: dict[str, System]) -> None:
+def test_translations_are_kept_with_their_parameters(
+    run: Run, systems: dict[str, System], monkeypatch: pytest.MonkeyPatch
+) -> None:
     loaded: list[str] = []
+    load_by(monkeypatch, lambda name: Upper(loaded, name))
     for _ in range(2):
-        found = measurements.translate_rows(
-            run, systems, lambda name: Upper(loaded, name), SOURCES, 4
-        )
+        found = measurements.translate_rows(run, systems, SOURCES, SETTINGS, 1)
         assert found.texts == {name: [each.upper() for each in SOURCES] for name in "ab"}
         assert found.parameters == {"a": 7, "b": 7}
     assert loaded == ["a", "b"]
     systems["b"].options["beam"] = 5
-    measurements.translate_rows(run, systems, lambda name: Upper(loaded, name), SOURCES, 4)
+    measurements.translate_rows(run, systems, SOURCES, SETTINGS, 1)
     assert loaded == ["a", "b", "b"]

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from in_process import InProcess
 from test_api import PAIRS, make_data, make_teacher
 from tiny_student import make_student
 
@@ -26,8 +27,8 @@ from fairseq_vqem.benchmark.engines import (
     translate_all,
     translate_batches,
 )
-from fairseq_vqem.benchmark.latency import time_engines
 from fairseq_vqem.benchmark.throughput import summarise_throughput, time_batches
+from fairseq_vqem.benchmark.turns import time_engines
 from fairseq_vqem.errors import UserError
 
 SOURCES = [source for source, _ in PAIRS]
@@ -75,10 +76,14 @@ def test_a_dropped_sentence_fails_loudly() -> None:
 
 
 def test_what_is_timed_can_be_compared_with_what_is_scored() -> None:
-    engines = {"one": Reverser(), "two": Reverser()}
-    seconds, texts = time_engines(engines, ["ab", "cd", "ef"], repeats=2, burn_in=1)
-    assert texts == {name: ["ba", "dc", "fe"] for name in engines}
-    assert all(timing.shape == (2, 3) and (timing > 0).all() for timing in seconds.values())
+    loaders = {name: lambda threads: Reverser() for name in ("one", "two")}
+    with InProcess() as processes:
+        found = time_engines(
+            processes, loaders, ["ab", "cd", "ef"], threads=1, repeats=2, burn_in=1
+        )
+    assert found.translations == {name: ["ba", "dc", "fe"] for name in loaders}
+    assert all(timing.shape == (2, 3) and (timing > 0).all() for timing in found.seconds.values())
+    assert found.threads == {"one": 1, "two": 1} and found.parameters == {"one": 0, "two": 0}
 
 
 def test_throughput_counts_sentences_per_second_at_the_best_batch_size() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +15,14 @@ from test_api import make_data, make_teacher
 from fairseq_vqem.benchmark import latency
 from fairseq_vqem.benchmark.latency import choose_evenly, parse_systems, result_rows
 from fairseq_vqem.benchmark.tables import read_table
-from fairseq_vqem.benchmark.timing import measure, medians_by_length, speedup, summarise
+from fairseq_vqem.benchmark.timing import (
+    TURN,
+    measure,
+    medians_by_length,
+    speedup,
+    stopwatch,
+    summarise,
+)
 from fairseq_vqem.errors import UserError
 
 NAMES = ("ar", "nat", "npd")
@@ -34,7 +42,10 @@ class FakeMachine:
             self.calls.append((name, index))
             self.events.append("translate")
 
-        return translate
+        return stopwatch(translate, clock=self.clock, synchronise=self.synchronise)
+
+    def rest(self) -> None:
+        self.calls.append(("rest", -1))
 
     def clock(self) -> float:
         self.events.append("clock")
@@ -47,29 +58,38 @@ class FakeMachine:
 def timed(sentences: int, repeats: int, burn_in: int = 0):  # type: ignore[no-untyped-def]
     machine = FakeMachine()
     systems = {name: machine.system(name, 0.001 * 2**n) for n, name in enumerate(NAMES)}
-    seconds = measure(
-        systems,
-        sentences,
-        repeats=repeats,
-        burn_in=burn_in,
-        clock=machine.clock,
-        synchronise=machine.synchronise,
-    )
+    seconds = measure(systems, sentences, repeats=repeats, burn_in=burn_in, rest=machine.rest)
     return machine, seconds
 
 
-def test_systems_take_turns_sentence_by_sentence() -> None:
-    machine, _ = timed(sentences=4, repeats=3)
-    rounds = [machine.calls[i : i + 3] for i in range(0, len(machine.calls), 3)]
-    assert [call[0][1] for call in rounds] == [0, 1, 2, 3] * 3
-    assert all({name for name, _ in calls} == set(NAMES) for calls in rounds)
-    assert all(len({index for _, index in calls}) == 1 for calls in rounds)
+def turns(machine: FakeMachine) -> list[list[tuple[str, int]]]:
+    """What was called between two rests; the first rest comes after the burn-in."""
+    found: list[list[tuple[str, int]]] = [[]]
+    for call in machine.calls:
+        if call[0] == "rest":
+            found.append([])
+        else:
+            found[-1].append(call)
+    return found[1:]
+
+
+def test_systems_take_turns() -> None:
+    """After a rest, and with an untimed sentence first."""
+    machine, _ = timed(sentences=TURN + 2, repeats=3)
+    places = [list(range(TURN)), [TURN, TURN + 1]]
+    expected = [[(chosen[0] - 1) % (TURN + 2), *chosen] for chosen in places * 3]
+    rounds = turns(machine)
+    assert len(rounds) == 3 * 2 * len(NAMES)
+    for number, round_ in enumerate(rounds):
+        assert [place for _, place in round_] == expected[number // 3]
+        assert len({name for name, _ in round_}) == 1
+    for first in range(0, len(rounds), 3):
+        assert {round_[0][0] for round_ in rounds[first : first + 3]} == set(NAMES)
 
 
 def test_no_system_always_follows_the_same_one() -> None:
-    """Idle threads of the one before may still spin."""
-    machine, _ = timed(sentences=50, repeats=3)
-    names = [name for name, _ in machine.calls]
+    machine, _ = timed(sentences=50 * TURN, repeats=3)
+    names = [round_[0][0] for round_ in turns(machine)]
     rounds = [names[place : place + 3] for place in range(0, len(names), 3)]
     followers = Counter(pair for each in rounds for pair in pairwise(each))
     assert len(followers) == 6 and min(followers.values()) > 30
@@ -90,8 +110,8 @@ def test_device_is_idle_whenever_the_clock_is_read() -> None:
 
 def test_burn_in_is_not_timed() -> None:
     machine, seconds = timed(sentences=2, repeats=1, burn_in=5)
-    assert machine.calls[:15] == [(name, i % 2) for i in range(5) for name in NAMES]
-    assert len(machine.calls) == 15 + 6
+    assert machine.calls[:15] == [(name, i % 2) for name in NAMES for i in range(5)]
+    assert sum(map(len, turns(machine))) == 3 * (1 + 2)
     np.testing.assert_allclose(seconds["ar"], [[0.001, 0.002]])
 
 
@@ -180,6 +200,10 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert [row.system for row in table.rows] == ["beam 4", "greedy"]
     assert table.rows[0].speedup == 1.0 and table.rows[1].baseline == "beam 4"
     assert signature["data_checksum"] and str(tmp_path) not in signature["command"]
+    assert set(json.loads((tmp_path / "out.json").read_text("utf-8"))["threads"]) == {
+        "beam 4",
+        "greedy",
+    }
     assert "over beam 4" in capsys.readouterr().out
     arguments.baseline = "other"
     with pytest.raises(UserError, match="baseline 'other' is none of"):
