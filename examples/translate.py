@@ -5,4 +5,5 @@ import sys
 from fairseq_vqem import Translator
 
 translator = Translator.from_checkpoint(sys.argv[1], data=sys.argv[2])
-print("\n".join(translator.translate(sys.stdin.read().splitlines())))
+for translation in translator.translate([line.rstrip("\n") for line in sys.stdin]):
+    print(translation)

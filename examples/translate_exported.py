@@ -9,4 +9,5 @@ import sys
 from fairseq_vqem.export.standalone import StandaloneTranslator
 
 translator = StandaloneTranslator(sys.argv[1])
-print("\n".join(translator.translate(sys.stdin.read().splitlines())))
+for translation in translator.translate([line.rstrip("\n") for line in sys.stdin]):
+    print(translation)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import threading
@@ -57,6 +58,12 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         return int(arguments.run(arguments))
     except UserError as error:
+        print(f"fairseq-vqem: error: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # whoever read the output has gone; what had to be written is written
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except OSError as error:
         print(f"fairseq-vqem: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

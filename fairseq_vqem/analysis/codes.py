@@ -120,8 +120,8 @@ def _run(arguments: argparse.Namespace) -> int:
     )
     result = analyse(coded, arguments.split, arguments.permutations, arguments.seed)
     signature = make_signature(data=arguments.data, seed=arguments.seed, device=arguments.device)
-    print(render(result))
     write_result(arguments.out / "codes.json", asdict(result), signature)
     write_page(arguments.out / "codes.html", result, asdict(signature))
+    print(render(result))
     print(f"\n{arguments.out / 'codes.json'}, {arguments.out / 'codes.html'}")
     return 0

@@ -41,7 +41,7 @@ from fairseq_vqem.benchmark.tables import write_table
 from fairseq_vqem.corpora.files import read_lines
 from fairseq_vqem.corpora.prepare import RAW
 from fairseq_vqem.errors import UserError
-from fairseq_vqem.models.vqem_transformer import VQEMTransformer
+from fairseq_vqem.peers.rules import is_autoregressive
 
 TARGETS = ("references", "teacher")
 
@@ -121,8 +121,8 @@ def translate(
     from fairseq_vqem.generation.api import Translator
 
     translator = Translator.from_checkpoint(teacher, data, device=device, beam=beam, lenpen=lenpen)
-    if any(isinstance(model, VQEMTransformer) for model in translator.models):
-        raise UserError(f"--teacher {teacher} is a student: give the autoregressive checkpoint")
+    if not all(is_autoregressive(model) for model in translator.models):
+        raise UserError(f"--teacher {teacher} is not autoregressive: give the teacher's checkpoint")
     tokens = read_tokens(data, split, languages(data)[0])
     rows = [tokens[number].long() for number in range(len(tokens))]
     occupied = [number for number, row in enumerate(rows) if len(row) > 1]

@@ -234,7 +234,6 @@ def _run(arguments: argparse.Namespace) -> int:
     outcomes = run_all(task, arguments.kinds, range(arguments.seeds))
     table = ResultTable("planted", result_rows(outcomes), COLUMNS)
     signature = make_signature()
-    print(render_table(table, asdict(signature)))
     if arguments.output:
         details = {name: [asdict(o) for o in each] for name, each in outcomes.items()}
         write_table(
@@ -246,4 +245,5 @@ def _run(arguments: argparse.Namespace) -> int:
             outcomes=details,
         )
         plot(arguments.output.with_suffix(".png"), outcomes, task.centres)
+    print(render_table(table, asdict(signature)))
     return 0

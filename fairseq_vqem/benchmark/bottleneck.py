@@ -264,7 +264,6 @@ def _report(arguments: argparse.Namespace, cells: Sequence[Cell], limit_gib: flo
     rows = [row for cell in cells for row in result_rows(cell, seed=arguments.seed)]
     table = ResultTable(arguments.name, rows, COLUMNS)
     signature = make_signature(seed=arguments.seed, device=arguments.device)
-    print(render_table(table, asdict(signature)))
     if arguments.output:
         write_table(
             arguments.output,
@@ -279,6 +278,7 @@ def _report(arguments: argparse.Namespace, cells: Sequence[Cell], limit_gib: flo
             memory_limit_gib=limit_gib,
             versions=_versions(),
         )
+    print(render_table(table, asdict(signature)))
 
 
 def _details(cell: Cell) -> Mapping[str, Any]:

@@ -26,7 +26,7 @@ from fairseq_vqem.benchmark.contenders import (
     Sizes,
     make_contenders,
 )
-from fairseq_vqem.benchmark.engines import translate_batches
+from fairseq_vqem.benchmark.engines import engine_versions, translate_batches
 from fairseq_vqem.benchmark.latency import choose_places
 from fairseq_vqem.benchmark.processes import Processes
 from fairseq_vqem.benchmark.random_models import widen_vocabulary
@@ -244,6 +244,7 @@ class TimedGraph(Graph):
 def _run(arguments: argparse.Namespace) -> int:
     import torch
 
+    _check_arguments(arguments)
     threads = arguments.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
     sizes = Sizes(
@@ -255,11 +256,11 @@ def _run(arguments: argparse.Namespace) -> int:
         compress_steps=arguments.compress_steps,
     )
     workload = read_workload(arguments.data, arguments.sentences)
-    signature = make_signature(data=arguments.data, seed=arguments.seed)
     with tempfile.TemporaryDirectory() as folder:
         data = widen_vocabulary(arguments.data, arguments.vocabulary, Path(folder) / "data")
         make = partial(make_contenders, sizes, data, Path(folder), arguments.seed)
-        with Contest(make(), workload, thread_counts(threads), arguments.seed) as contest:
+        builders = make()
+        with Contest(builders, workload, thread_counts(threads), arguments.seed) as contest:
             timings = _time_sentences(arguments, contest, workload)
         if arguments.batch_sizes:
             _announce("batches")
@@ -268,8 +269,21 @@ def _run(arguments: argparse.Namespace) -> int:
                 timings.rates.update(
                     contest.time_throughput(arguments.batch_sizes, arguments.repeats)
                 )
+    engines = engine_versions({"engine": each.engine} for each in builders.values())
+    signature = make_signature(data=arguments.data, seed=arguments.seed, engines=engines)
     _report(arguments, sizes, workload, timings, signature)
     return 0
+
+
+def _check_arguments(arguments: argparse.Namespace) -> None:
+    given = {
+        name: value if isinstance(value, list) else [value]
+        for name, value in vars(arguments).items()
+        if value is not None
+    }
+    for name in ("sentences", "repeats", "threads", "latent_layers", "batch_sizes", "lengths"):
+        if any(value < 1 for value in given.get(name, ())):
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
 
 
 def _time_sentences(arguments: argparse.Namespace, contest: Contest, workload: Workload) -> Timings:
@@ -307,7 +321,6 @@ def _report(
         "notes",
     ]
     table = ResultTable(arguments.name, rows, columns)
-    print(render_table(table, asdict(signature)))
     if arguments.output:
         details: dict[str, Any] = {
             "sizes": asdict(sizes),
@@ -322,6 +335,7 @@ def _report(
             "repeats": arguments.repeats,
         }
         write_table(arguments.output, table, signature, **details)
+    print(render_table(table, asdict(signature)))
 
 
 def _row(name: str, timings: Timings, seed: int) -> ResultRow:

@@ -123,7 +123,7 @@ class CTranslate2Engine:
         if compute_type not in COMPUTE_TYPES:
             raise UserError(f"compute_type is {compute_type!r}: choose from {COMPUTE_TYPES}")
         self.subwords = load_subwords(data)
-        self.parameters = _count_parameters(checkpoint)
+        self.parameters, self.longest = _parameters_and_longest(checkpoint)
         with tempfile.TemporaryDirectory() as folder:
             converted = str(Path(folder) / "model")
             _convert(ctranslate2, checkpoint, data, converted)
@@ -139,7 +139,14 @@ class CTranslate2Engine:
             torch.set_num_threads(threads_of_torch)
 
     def encode(self, sentences: Sequence[str]) -> Any:
-        return [self.subwords.encode(sentence).split() for sentence in sentences]
+        batch = [self.subwords.encode(sentence).split() for sentence in sentences]
+        for number, subwords in enumerate(batch, 1):
+            if len(subwords) + 1 > self.longest:  # CTranslate2 would cut it
+                raise UserError(
+                    f"Line {number} has {len(subwords)} subwords; the model reads"
+                    f" {self.longest - 1} at most."
+                )
+        return batch
 
     def translate(
         self, batch: Any, min_length: int = 1, max_length: int | None = None
@@ -190,10 +197,14 @@ def check_engine(name: str, device: str, weights: str = "float32") -> None:
     if name == "exported" and device != "cpu":
         raise UserError("the engine exported runs on the CPU only: leave such rows out")
     need_packages(f"the engine {name}", *PACKAGES[name])
-    if name == "exported" and weights == "int8":
+    if name == "exported":
         from fairseq_vqem.export.artefact import need_integer_products
+        from fairseq_vqem.export.command import WEIGHTS
 
-        need_integer_products()
+        if weights not in WEIGHTS:
+            raise UserError(f"weights are {weights!r}: choose {' or '.join(WEIGHTS)}")
+        if weights == "int8":
+            need_integer_products()
 
 
 def load_engine(
@@ -212,7 +223,7 @@ def load_engine(
     """
     rest = dict(options)
     name = rest.pop("engine", "fairseq")
-    check_engine(name, device)
+    check_engine(name, device, str(rest.get("weights", "float32")))
     if name == "fairseq":
         return FairseqEngine(checkpoint, data, rest, device, dtype)
     if dtype != "float32":
@@ -295,11 +306,12 @@ def _convert(ctranslate2: Any, checkpoint: str, data: Path, folder: str) -> None
         ) from error
 
 
-def _count_parameters(checkpoint: str) -> int:
+def _parameters_and_longest(checkpoint: str) -> tuple[int, int]:
     from fairseq import checkpoint_utils
 
-    model = checkpoint_utils.load_checkpoint_to_cpu(checkpoint)["model"]
+    state = checkpoint_utils.load_checkpoint_to_cpu(checkpoint)
+    model = state["model"]
     unique = {
         value.data_ptr(): value.numel() for value in model.values() if value.is_floating_point()
     }
-    return sum(unique.values())
+    return sum(unique.values()), int(state["cfg"]["model"].max_source_positions)

@@ -70,7 +70,10 @@ class ExportedEngine:
             raise UserError(str(error)) from error
 
     def encode(self, sentences: Sequence[str]) -> Any:
-        return self.translator.encode(sentences)
+        try:
+            return self.translator.encode(sentences)
+        except StandaloneError as error:  # a line is too long
+            raise UserError(str(error)) from error
 
     def translate(self, batch: Any, codes: int | None = None) -> list[Any]:
         """As `Engine.translate`; ``codes`` prescribes how many latents each sentence has."""

@@ -181,8 +181,6 @@ def _report(
         engines=engine_versions(options for _, options in systems.values()),
     )
     groups = medians_by_length(seconds, lengths)
-    print(render_table(table, asdict(signature)))
-    print(f"\nMedian milliseconds by source length\n\n{_length_table(groups, list(seconds))}")
     if arguments.output:
         write_table(
             arguments.output,
@@ -195,6 +193,8 @@ def _report(
             repeats=arguments.repeats,
             burn_in=arguments.burn_in,
         )
+    print(render_table(table, asdict(signature)))
+    print(f"\nMedian milliseconds by source length\n\n{_length_table(groups, list(seconds))}")
 
 
 def _length_table(groups: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
@@ -226,8 +226,11 @@ def _check_arguments(arguments: argparse.Namespace, systems: Mapping[str, object
         raise UserError(
             f"The baseline {arguments.baseline!r} is none of the systems {', '.join(systems)}."
         )
-    if arguments.sentences < 1 or arguments.repeats < 1 or arguments.burn_in < 0:
-        raise UserError("--sentences and --repeats must be at least 1, --burn-in at least 0.")
+    threads = arguments.threads if arguments.threads is not None else 1
+    if min(arguments.sentences, arguments.repeats, threads) < 1 or arguments.burn_in < 0:
+        raise UserError(
+            "--sentences, --repeats and --threads must be at least 1, --burn-in at least 0."
+        )
 
 
 def _loader(paths: str, options: dict[str, Any], arguments: argparse.Namespace) -> partial[Engine]:

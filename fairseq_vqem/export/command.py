@@ -130,6 +130,8 @@ def export(
             its decoding options cannot be exported.
     """
     need_packages("exporting", "onnx", "onnxruntime")
+    if weights not in WEIGHTS:
+        raise UserError(f"weights are {weights!r}: choose {' or '.join(WEIGHTS)}")
     if out.exists():
         raise UserError(f"{out} exists already; delete it or give another --out.")
     from fairseq_vqem.export.artefact import need_integer_products, write_artefact
@@ -155,9 +157,11 @@ def export(
     write_artefact(out, translator, decoding_options(translator), weights)
     try:
         return _checked_agreement(translator, out, weights)
-    except StandaloneError as error:  # the runtime cannot load what was written
+    except Exception as error:  # nothing that the check refuses stays behind
         shutil.rmtree(out)
-        raise UserError(str(error)) from error
+        if isinstance(error, StandaloneError):  # the runtime cannot load what was written
+            raise UserError(str(error)) from error
+        raise
 
 
 def decoding_options(translator: Translator) -> Options:
@@ -277,7 +281,7 @@ def _checked_agreement(translator: Translator, out: Path, weights: str) -> float
     agreement = equal / positions
     if weights == "float32" and agreement < SMALLEST_AGREEMENT:
         raise UserError(
-            f"{out} agrees with the model on {agreement:.0%} of the tokens only; do not use it, and"
-            " report the model's options."
+            f"the export agrees with the model on {agreement:.0%} of the tokens only and was not"
+            " kept; report the model's options."
         )
     return agreement

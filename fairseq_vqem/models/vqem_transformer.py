@@ -68,6 +68,9 @@ class SourceEncoder(TransformerEncoderBase):
     """fairseq's encoder, whose parameter names an AR teacher shares."""
 
 
+NO_LIMIT = 2**30  # more positions than any text has, and still an integer
+
+
 @register_model("vqem_transformer", dataclass=VQEMTransformerConfig)
 class VQEMTransformer(FairseqEncoderDecoderModel):
     """Source encoder, target encoder, bottleneck, latent predictor, expander, parallel decoder."""
@@ -375,7 +378,7 @@ class VQEMTransformer(FairseqEncoderDecoderModel):
         """The most latents a hypothesis may have, from the source length alone, ``[B]``."""
         if self.cfg.latent_length == "source":
             return -(-2 * src_lengths // self.multiple)
-        longest = (ratio * src_lengths).ceil().long() + offset
+        longest = (ratio * src_lengths).ceil().clamp(max=NO_LIMIT).long() + offset
         longest = longest.clamp(max=self.cfg.max_target_positions)
         return -(-longest // self.multiple)
 

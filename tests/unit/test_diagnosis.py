@@ -379,7 +379,7 @@ def test_posterior_codes_of_the_teachers_translations(folder: Path, tmp_path: Pa
 
 def test_mistakes_are_user_errors(folder: Path, tmp_path: Path) -> None:
     student, data = str(folder / "student.pt"), folder / "data"
-    with pytest.raises(UserError, match="is a student"):
+    with pytest.raises(UserError, match="is not autoregressive"):
         diagnose(student, data, "test", teacher=student)
     with pytest.raises(UserError, match="has no latents"):
         diagnose(str(folder / "teacher.pt"), data, "test")

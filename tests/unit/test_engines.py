@@ -30,6 +30,7 @@ from fairseq_vqem.benchmark.engines import (
 from fairseq_vqem.benchmark.throughput import summarise_throughput, time_batches
 from fairseq_vqem.benchmark.turns import time_engines
 from fairseq_vqem.errors import UserError
+from fairseq_vqem.export.command import export
 
 SOURCES = [source for source, _ in PAIRS]
 TARGETS = [target for _, target in PAIRS]
@@ -237,3 +238,30 @@ def test_versions_of_engines_are_found_whoever_distributes_them(
 
 def missing(name: str) -> str:
     raise metadata.PackageNotFoundError(name)
+
+
+def test_ctranslate2_refuses_what_it_would_cut(trained: tuple[Path, Path]) -> None:
+    pytest.importorskip("ctranslate2")
+    data, teacher = trained
+    engine = load_engine(str(teacher), data, {"engine": "ctranslate2"})
+    assert isinstance(engine, CTranslate2Engine)
+    with pytest.raises(UserError, match=r"Line 2 has \d+ subwords; the model reads"):
+        engine.encode(["the cat", "the cat " * engine.longest])
+
+
+@pytest.mark.parametrize("weights", ["float16", "INT8"])
+def test_unknown_weights_are_refused(weights: str, tmp_path: Path) -> None:
+    """And not timed as float32 under another name."""
+    with pytest.raises(UserError, match=f"weights are '{weights}'"):
+        load_engine("none.pt", tmp_path, {"engine": "exported", "weights": weights})
+
+
+def test_an_export_that_disagrees_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxruntime")
+    data = make_data(tmp_path)
+    monkeypatch.setattr("fairseq_vqem.export.command.SMALLEST_AGREEMENT", 1.1)
+    with pytest.raises(UserError, match="was not kept"):
+        export(Path(make_student(data, tmp_path / "student.pt")), data, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

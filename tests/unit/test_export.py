@@ -245,7 +245,7 @@ def test_nothing_is_left_of_a_failed_export(
 
 
 @pytest.mark.parametrize("latent_length", ["end", "source"])
-@pytest.mark.parametrize("ratio", [0.3, 1.1, 2.0])
+@pytest.mark.parametrize("ratio", [0.3, 1.1, 2.0, 1e19, float("inf")])
 def test_longest_hypotheses_are_the_models(tiny: Any, latent_length: str, ratio: float) -> None:
     student = tiny.model(latent_length=latent_length, max_target_positions=50)
     options = Options(
@@ -259,6 +259,8 @@ def test_longest_hypotheses_are_the_models(tiny: Any, latent_length: str, ratio:
     expected = student.max_latents(lengths, ratio, 5).clamp(min=1).tolist()
     assert [options.most_codes(n) for n in lengths.tolist()] == expected
     assert options.table_codes >= max(expected)
+    if ratio > 100 and latent_length == "end":  # no limit but the table's
+        assert set(expected) == {options.table_codes}
 
 
 def test_batches_are_those_of_the_translator() -> None:

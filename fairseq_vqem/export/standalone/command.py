@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -30,5 +31,12 @@ def main(words: Sequence[str] | None = None) -> int:
     except StandaloneError as error:
         print(f"standalone: error: {error}", file=sys.stderr)
         return 1
-    sys.stdout.buffer.write(output.encode("utf-8"))
+    try:
+        sys.stdout.buffer.write(output.encode("utf-8"))
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:  # whoever read the output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        print(f"standalone: error: {error}", file=sys.stderr)
+        return 1
     return 0

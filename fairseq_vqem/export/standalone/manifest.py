@@ -20,6 +20,7 @@ GRAPHS = ("encode", STEP, "decode")
 SCORE = "score"  # the teacher's graph, where candidates are re-scored
 PROBE = "probe"  # tells whether the processor multiplies integers exactly
 READ_CHUNK = 1 << 20
+NO_LIMIT = 2**30  # more tokens than any text has, and still an integer of the graphs
 
 
 class StandaloneError(Exception):
@@ -85,7 +86,7 @@ class Options:
             longest = 2 * source_tokens
         else:  # in float32, as the model computes it
             wanted = np.ceil(np.float32(self.max_ratio) * np.float32(source_tokens))
-            longest = min(int(wanted) + self.max_offset, self.max_target_tokens)
+            longest = min(int(min(wanted, NO_LIMIT)) + self.max_offset, self.max_target_tokens)
         return max(1, -(-longest // self.positions_per_code))
 
     @property
