@@ -12,7 +12,8 @@ from fairseq_vqem.errors import UserError
 def copy_text(folder: Path, source_lang: str, target_lang: str, raw: Path) -> None:
     """Copy ``{train,valid,test}.{source,target}`` from ``folder`` to ``raw``.
 
-    Line ends become Unix's, and a byte order mark is left out.
+    Line ends become Unix's, stretches of white space one space, and a byte order mark is left out:
+    subwords do not keep them either, and what is decoded must be this text.
 
     Raises:
         UserError: the languages are the same or do not fit into fairseq's file names, a file is
@@ -49,5 +50,6 @@ def copy_text(folder: Path, source_lang: str, target_lang: str, raw: Path) -> No
 
 
 def _lines(path: Path) -> list[str]:
-    lines = [line.removesuffix("\r") for line in read_lines(path)]
-    return [lines[0].removeprefix("\ufeff"), *lines[1:]] if lines else []
+    lines = list(read_lines(path))
+    lines[:1] = [line.removeprefix("\ufeff") for line in lines[:1]]
+    return [" ".join(line.split()) for line in lines]

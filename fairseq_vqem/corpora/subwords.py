@@ -24,6 +24,7 @@ TRAINING_THREADS = 2
 RANDOM_SEED = 1
 WORD_START = "\u2581"
 JOINER = "@@"
+FAIRSEQ_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
 # A piece list has <unk>, <s> and </s>; a fairseq dictionary has <s>, <pad>, </s> and <unk>.
 SENTENCEPIECE_TO_FAIRSEQ_SPECIALS = 1
 
@@ -115,7 +116,12 @@ class SubwordNmtModel(SubwordModel):
                 raise UserError(f"{self.path} is not a BPE codes file; train it again.") from error
 
     def encode(self, line: str) -> str:
-        return self._bpe.segment(" ".join(line.split()))
+        pieces = self._bpe.segment(" ".join(line.split())).split()
+        # written out in a text, they would become fairseq's own ends of sentences and padding
+        return " ".join(
+            f"{piece[0]}{JOINER} {piece[1:]}" if piece in FAIRSEQ_SPECIALS else piece
+            for piece in pieces
+        )
 
     def decode(self, pieces: str) -> str:
         # The same rule as fairseq's `--post-process subword_nmt`.
@@ -127,6 +133,13 @@ _MODELS: dict[str, type[SubwordModel]] = {
     SUBWORD_NMT: SubwordNmtModel,
 }
 SUBWORD_FILES = tuple(model.file_name for model in _MODELS.values())
+
+
+def post_process_of(symbols: Sequence[str]) -> str | None:
+    """fairseq's ``--post-process`` that joins subwords of a dictionary, None for whole words."""
+    if any(WORD_START in symbol for symbol in symbols):
+        return "sentencepiece"
+    return "subword_nmt" if any(symbol.endswith(JOINER) for symbol in symbols) else None
 
 
 def load_subwords(directory: Path) -> SubwordModel:

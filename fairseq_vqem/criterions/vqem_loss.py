@@ -82,7 +82,7 @@ class VQEMLoss(FairseqCriterion):
         """Loss, negative log-likelihood, both summed, and the number of tokens they are of."""
         if output.ctc is not None:
             loss, nll, fits = ctc_reconstruction(output.ctc, model.blank, self.label_smoothing)
-            return loss, nll, int(output.ctc.counts[fits].sum())
+            return loss, nll, int(output.ctc.counts[fits].clamp(min=1).sum())
         loss, nll = smoothed_cross_entropy(
             output.logits, output.labels, self.padding_idx, self.label_smoothing
         )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from fairseq import checkpoint_utils
+from fairseq import checkpoint_utils, utils
 from torch import Tensor, nn
 
 from fairseq_vqem.errors import UserError
@@ -20,6 +22,11 @@ SOURCES = {
     "decoder.embed_tokens.": ("decoder.embed_tokens.",),
 }
 LAST_NORMS = ("encoder.layer_norm.weight", "decoder.layer_norm.weight")  # of pre-norm stacks
+UNSHARED = "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"
+PARTS = {  # that a student may lack
+    "encoder.layernorm_embedding.weight": "--layernorm-embedding",
+    "encoder.embed_positions.weight": "--encoder-learned-pos",
+}
 REQUIRED = ("encoder.layers.0.fc1.weight", "encoder.embed_tokens.weight")
 
 
@@ -30,9 +37,11 @@ def initialise_from_teacher(model: nn.Module, checkpoint: str) -> int:
         The number of tensors copied.
 
     Raises:
-        UserError: the teacher has another hidden size, vocabulary or layer normalisation.
+        UserError: the teacher has another hidden size, vocabulary or layer normalisation, or would
+            compute something else with the same parameters.
     """
-    teacher: dict[str, Tensor] = checkpoint_utils.load_checkpoint_to_cpu(checkpoint)["model"]
+    state = checkpoint_utils.load_checkpoint_to_cpu(checkpoint)
+    teacher: dict[str, Tensor] = state["model"]
     own = model.state_dict()
     for name in REQUIRED:
         if name not in teacher or teacher[name].shape != own[name].shape:
@@ -49,6 +58,8 @@ def initialise_from_teacher(model: nn.Module, checkpoint: str) -> int:
                 f"--init-from {checkpoint}: only this {which} normalises after each block; train"
                 " it with --encoder-normalize-before --decoder-normalize-before"
             )
+    _check_parts(model, teacher, checkpoint)
+    _check_computation(model, state["cfg"]["model"], checkpoint)
     copied = {
         place: value
         for name, value in teacher.items()
@@ -60,6 +71,45 @@ def initialise_from_teacher(model: nn.Module, checkpoint: str) -> int:
             own[name].copy_(value)
     logger.info("initialised %d of %d tensors from %s", len(copied), len(own), checkpoint)
     return len(copied)
+
+
+def _check_parts(model: nn.Module, teacher: Mapping[str, Tensor], checkpoint: str) -> None:
+    own = model.state_dict()
+    for name, flag in PARTS.items():
+        if name in teacher and name not in own:
+            raise UserError(f"--init-from {checkpoint}: train the teacher without {flag}")
+    source, target = (own.get(name) for name in UNSHARED)
+    if source is not None and target is not None and source.data_ptr() == target.data_ptr():
+        theirs = [teacher[name] for name in UNSHARED if name in teacher]
+        if not all(torch.equal(theirs[0], other) for other in theirs):
+            raise UserError(
+                f"--init-from {checkpoint}: its source and target embeddings differ and this model"
+                " has one for both; train the teacher with --share-all-embeddings"
+            )
+
+
+def _check_computation(model: Any, config: Any, checkpoint: str) -> None:
+    """What no shape shows: heads and activation."""
+    layer = model.encoder.layers[0]
+    heads = _option(config, "encoder_attention_heads")
+    if heads not in (None, layer.self_attn.num_heads):
+        raise UserError(
+            f"--init-from {checkpoint}: it has {heads} attention heads and this model"
+            f" {layer.self_attn.num_heads}; give both the same number"
+        )
+    activation = _option(config, "activation_fn")
+    if activation and utils.get_activation_fn(activation) is not layer.activation_fn:
+        raise UserError(
+            f"--init-from {checkpoint}: its --activation-fn {activation} is not this model's; train"
+            " the teacher with relu"
+        )
+
+
+def _option(config: Any, name: str) -> Any:
+    try:
+        return config[name] if isinstance(config, Mapping) else getattr(config, name)
+    except (KeyError, AttributeError):
+        return None
 
 
 def places(name: str) -> list[str]:

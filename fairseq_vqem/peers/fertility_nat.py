@@ -74,14 +74,17 @@ class FertilityNAT(PeerModel):
     ) -> FertilityOutput:
         """Decode from gold fertilities; ``alignments`` ``[N, 2]`` are those of fairseq's batch.
 
-        A source without words has no fertility to learn from: its target is left out.
+        A source without words, or without links to its target's, as where the teacher could not
+        align them, has no fertility to learn from: the sentence is left out.
         """
         encoder_out = self.encoder(src_tokens, src_lengths=src_lengths)
         words = self.words_of(src_tokens)
         shape = (src_tokens.size(0), src_tokens.size(1))
         gold = fertilities_of(alignments, shape, target.size(1)).to(src_tokens.device)
-        usable = words.any(1)
-        check_links(gold * words, self.words_of(target), usable)
+        target_words = self.words_of(target)
+        usable = words.any(1) & ((gold * words).any(1) | ~target_words.any(1))
+        check_links(gold * words, target_words, usable)
+        taught = words & usable.unsqueeze(1)
         copies = self.copies(src_tokens, gold)
         logits = self.decode(copies, encoder_out)
         labels = torch.full_like(copies, self.pad)
@@ -90,9 +93,9 @@ class FertilityNAT(PeerModel):
         labels[:, : packed.size(1)] = packed
         beyond = torch.arange(labels.size(1), device=labels.device) >= counts.unsqueeze(1)
         labels = labels.masked_fill(beyond | ~usable.unsqueeze(1), self.pad)
-        fertilities = gold[words].clamp(max=self.cfg.max_fertility)
+        fertilities = gold[taught].clamp(max=self.cfg.max_fertility)
         return FertilityOutput(
-            logits, labels, self.fertility_logits(encoder_out)[words], fertilities
+            logits, labels, self.fertility_logits(encoder_out)[taught], fertilities
         )
 
     def fertility_logits(self, encoder_out: EncoderOut) -> Tensor:

@@ -42,10 +42,13 @@ class CTCNATLoss(FairseqCriterion):
     def forward(
         self, model: CTCNAT, sample: dict[str, Any], reduce: bool = True
     ) -> tuple[Tensor, int, dict[str, Any]]:
-        """Summed loss, the number of target words that it stands for, and what is logged."""
+        """Summed loss, the number of target words that it stands for, and what is logged.
+
+        An empty target has a likelihood, and counts as one word.
+        """
         output: CTCOutput = model(**sample["net_input"], target=sample["target"])
         loss, nll, fits = ctc_reconstruction(output, model.blank, self.label_smoothing)
-        tokens = int(output.counts[fits].sum())
+        tokens = int(output.counts[fits].clamp(min=1).sum())
         log = {
             "loss": loss.detach(),
             "nll": nll.detach(),

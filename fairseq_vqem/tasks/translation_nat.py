@@ -17,6 +17,7 @@ from fairseq.tasks.translation_lev import (
 )
 from torch import Tensor
 
+from fairseq_vqem.corpora.subwords import post_process_of
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.models.config import option
 from fairseq_vqem.models.initialise import initialise_from_teacher
@@ -98,7 +99,7 @@ class TranslationNATTask(TranslationLevenshteinTask):
             upsample_primary=cfg.upsample_primary,
             left_pad_source=cfg.left_pad_source,
             left_pad_target=cfg.left_pad_target,
-            max_source_positions=cfg.max_source_positions,
+            max_source_positions=cfg.max_source_positions - 1,  # BOS comes before a cut source
             max_target_positions=cfg.max_target_positions,
             prepend_bos=True,
             load_alignments=cfg.load_alignments,
@@ -124,6 +125,8 @@ class TranslationNATTask(TranslationLevenshteinTask):
     def build_model(self, cfg: Any, from_checkpoint: bool = False) -> Any:
         if from_checkpoint:  # to decode: perhaps an autoregressive teacher
             return FairseqTask.build_model(self, cfg, from_checkpoint)
+        if self.cfg.eval_bleu and not self.cfg.eval_bleu_remove_bpe:
+            self.cfg.eval_bleu_remove_bpe = post_process_of(self.tgt_dict.symbols)
         model = super().build_model(cfg, from_checkpoint)
         check_training(model, self.cfg)
         if self.cfg.init_from:  # a resumed training then loads its own parameters

@@ -15,6 +15,7 @@ from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from sacrebleu.metrics import BLEU
 from torch import Tensor
 
+from fairseq_vqem.corpora.subwords import post_process_of
 from fairseq_vqem.criterions.vqem_loss import VQEMLoss
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.generation.latent_generator import RESCORES, LatentGenerator, read_words
@@ -98,6 +99,11 @@ class TranslationVQEMTask(LearnsCodebook, TranslationTask):
             raise UserError(
                 "--task translation_vqem trains vqem_transformer architectures only: pass"
                 " --arch vqem_transformer (or _small, _tiny), or --task translation"
+            )
+        if not from_checkpoint and self.cfg.eval_bleu and self.cfg.stop_at_pad_latent:
+            raise UserError(
+                "--eval-bleu would stop at the EOS/PAD latent of the untrained model: pass"
+                " --eval-latent-bleu instead"
             )
         if not from_checkpoint and self.cfg.eval_latent_bleu:
             self.build_generator([model], self.validation_arguments())  # refused now, not later
@@ -232,8 +238,8 @@ class TranslationVQEMTask(LearnsCodebook, TranslationTask):
         return log
 
     def detokenise(self, tokens: Tensor, unknown: str = "UNKNOWNTOKENINHYP") -> str:
-        pieces = any("\u2581" in symbol for symbol in self.target_dictionary.symbols)
-        post_process = self.cfg.eval_bleu_remove_bpe or ("sentencepiece" if pieces else None)
+        own = post_process_of(self.target_dictionary.symbols)
+        post_process = self.cfg.eval_bleu_remove_bpe or own
         return str(
             self.target_dictionary.string(tokens.int().cpu(), post_process, unk_string=unknown)
         )

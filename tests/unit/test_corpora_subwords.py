@@ -15,6 +15,7 @@ from fairseq_vqem.corpora.subwords import (
     SUBWORD_NMT,
     SubwordModel,
     load_subwords,
+    post_process_of,
     train_subwords,
 )
 from fairseq_vqem.errors import UserError
@@ -118,3 +119,17 @@ def test_sizes_that_do_not_fit(tmp_path: Path, text: list[Path]) -> None:
     with pytest.raises(UserError, match="Unknown subword kind"):
         train_subwords("morphemes", text, 10, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fairseqs_symbols_in_the_text_stay_text(models: Models, kind: str) -> None:
+    line = "open </s> <pad> the <s> box <unk>"
+    encoded = models[kind].encode(line)
+    assert not set(encoded.split()) & {"<s>", "<pad>", "</s>", "<unk>"}
+    assert models[kind].decode(encoded) == line
+
+
+def test_the_joiner_of_a_dictionary() -> None:
+    assert post_process_of(["<s>", "\u2581the", "x"]) == "sentencepiece"
+    assert post_process_of(["the", "di@@", "alog"]) == "subword_nmt"
+    assert post_process_of(["the", "@@"[0]]) is None

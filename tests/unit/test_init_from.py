@@ -26,11 +26,11 @@ RIGHT_OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def save_teacher(
-    task: Any, folder: Path, size: int = 16, layers: int = 2, before: bool = True
+    task: Any, folder: Path, size: int = 16, layers: int = 2, before: bool = True, **config: Any
 ) -> Path:
     teacher = tiny_teacher(task, size, layers, normalize_before=before)
     path = folder / f"teacher{size}{before}.pt"
-    torch.save({"model": teacher.state_dict(), "args": None, "cfg": {"model": {}}}, path)
+    torch.save({"model": teacher.state_dict(), "args": None, "cfg": {"model": config}}, path)
     return path
 
 
@@ -121,3 +121,35 @@ def test_init_from_refuses_a_peer_that_normalises_after(after: str, tmp_path: Pa
 def test_init_from_is_not_read_for_a_checkpoint(tiny: Any) -> None:
     """A trained student must load where its teacher's file is long gone."""
     tiny.model(init_from="/nonexistent/teacher.pt")
+
+
+@pytest.mark.usefixtures("plain_loading")
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"encoder_attention_heads": 4}, "4 attention heads and this model 2"),
+        ({"activation_fn": "gelu"}, "--activation-fn gelu is not this model's"),
+    ],
+)
+def test_teachers_that_compute_otherwise_are_refused(
+    config: dict[str, Any], message: str, tiny: Any, tmp_path: Path
+) -> None:
+    """Their parameters have the same shapes."""
+    path = save_teacher(tiny.task(), tmp_path, **config)
+    assert_user_error(message, lambda: build(tiny, path))
+    right = {"encoder_attention_heads": 2, "activation_fn": "relu"}
+    build(tiny, save_teacher(tiny.task(), tmp_path, **right))
+
+
+@pytest.mark.usefixtures("plain_loading")
+def test_teachers_with_other_parts_are_refused(tiny: Any, tmp_path: Path) -> None:
+    path = save_teacher(tiny.task(), tmp_path)
+    state = torch.load(path)
+    embeddings = state["model"]["encoder.embed_tokens.weight"]
+    for name, value, message in (
+        ("decoder.embed_tokens.weight", embeddings + 1, "--share-all-embeddings"),
+        ("encoder.layernorm_embedding.weight", NO_PARAMETER, "without --layernorm-embedding"),
+        ("encoder.embed_positions.weight", NO_PARAMETER, "without --encoder-learned-pos"),
+    ):
+        torch.save({**state, "model": {**state["model"], name: value}}, path)
+        assert_user_error(message, lambda: build(tiny, path))

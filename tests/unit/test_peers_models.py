@@ -337,7 +337,7 @@ def test_ctc_loss_counts_what_does_not_fit() -> None:
     kept = [0, 2, 3]
     rest = batch([[[4], [], [4, 5], [6]][i] for i in kept], [targets[i] for i in kept])
     alone, alone_size, alone_log = CTCNATLoss(task, label_smoothing=0.0)(model, rest)
-    assert (size, alone_size) == (3, 3)
+    assert (size, alone_size) == (4, 4)  # the empty target has a likelihood too, and counts as one
     assert int(log["unfit"]) == 1 and int(alone_log["unfit"]) == 0
     assert float(loss) == pytest.approx(float(alone), rel=1e-5)
     assert float(loss) > 0
@@ -408,6 +408,18 @@ def test_fertility_loss_by_hand() -> None:
         words -= sum(float(log_probabilities[i, t]) for i, t in enumerate([*target, EOS]))
     assert size == 3 + 6
     assert float(loss) == pytest.approx(words + 0.5 * fertility, rel=1e-5)
+
+
+def test_what_the_teacher_could_not_align_is_left_out() -> None:
+    task = make_task()
+    model = make_model("fertility_nat", task)
+    criterion = FertilityNATLoss(task, label_smoothing=0.1, fertility_weight=0.5)
+    sources, targets, links = [[4, 5, 6], [7, 8], [9]], [[8, 9], [10], [11]], [[2, 0], [], [0]]
+    loss, size, _ = criterion(model, with_links(batch(sources, targets), links))
+    kept = [[each[0], each[2]] for each in (sources, targets, links)]
+    alone, alone_size, _ = criterion(model, with_links(batch(*kept[:2]), kept[2]))
+    assert size == alone_size == 3 + 2
+    assert float(loss) == pytest.approx(float(alone), rel=1e-5)
 
 
 def test_output_is_as_long_as_the_fertilities_say() -> None:
