@@ -1,7 +1,7 @@
 """Translate text from Python with any fairseq translation checkpoint.
 
 from fairseq_vqem import Translator
-translator = Translator.from_checkpoint("student.pt", data="data-bin", beam=4)
+translator = Translator.from_checkpoint("student.pt", data="data-bin")
 translator.translate(["A sentence."])
 """
 
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fairseq_vqem.corpora.subwords import SubwordModel, load_subwords
 from fairseq_vqem.errors import UserError
+from fairseq_vqem.generation.latent_generator import GENERATION_OPTIONS_READ, LatentGenerator
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 GENERATION_OPTIONS = frozenset(field.name for field in fields(GenerationConfig))
@@ -86,11 +87,12 @@ class Translator:
 
         Raises:
             UserError: a file is missing or damaged, an option does not exist or has a wrong value,
-                the checkpoint does not fit the data, or the device is not there.
+                the checkpoint does not fit the data or does not read the option, or the device is
+                not there.
         """
         generation_config = _generation_config(generation)
         models, task = _load_models(str(checkpoint), Path(data), dict(task_overrides or {}))
-        return cls(
+        translator = cls(
             models,
             task,
             load_subwords(Path(data)),
@@ -99,6 +101,8 @@ class Translator:
             dtype=dtype,
             max_tokens=max_tokens,
         )
+        _refuse_ignored(translator.generator, generation)
+        return translator
 
     @property
     def parameters(self) -> int:
@@ -311,6 +315,23 @@ def _max_source_tokens(task: FairseqTask, models: Sequence[Any]) -> int:
     longest = int(limits[0] if isinstance(limits, tuple) else limits)
     # that task's sources begin with BOS
     return longest - int(isinstance(task, TranslationLevenshteinTask))
+
+
+def _refuse_ignored(generator: Any, options: Mapping[str, Any]) -> None:
+    """Raise UserError for options of fairseq's search that a latent student would not read."""
+    if not isinstance(generator, LatentGenerator):
+        return
+    defaults = GenerationConfig()
+    ignored = sorted(
+        name
+        for name, value in options.items()
+        if name not in GENERATION_OPTIONS_READ and value != getattr(defaults, name)
+    )
+    if ignored:
+        raise UserError(
+            f"vqem_transformer does not read {', '.join(ignored)}: its own options are latent_beam,"
+            " latent_candidates, latent_max_ratio and the others of --task translation_vqem"
+        )
 
 
 def checked_device(name: str) -> torch.device:

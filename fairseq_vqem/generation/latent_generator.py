@@ -21,6 +21,16 @@ COMPARED_CODES = 4096
 SHARED_CODES = 0.5
 RESCORES = ("none", "latent", "teacher")
 
+GENERATION_OPTIONS_READ = frozenset(
+    {
+        "iter_decode_with_beam",
+        "iter_decode_with_external_reranker",
+        "iter_decode_eos_penalty",
+        "retain_iter_history",
+    }
+)
+"""fairseq's options that mean something to latents; all else is an option of the task."""
+
 
 class LatentGenerator(IterativeRefinementGenerator):
     """Codes by latent search, words by one parallel pass, the best candidate by re-scoring.

@@ -198,3 +198,15 @@ def test_options_are_divided() -> None:
     generation, task = split_options(mixed)
     assert generation == {"beam": 4, "lenpen": 0.6}
     assert task == {"latent_beam": 2, "rescore": "teacher"}
+
+
+def test_options_that_latents_do_not_read_are_refused(tmp_path: Path) -> None:
+    """fairseq-generate always has a beam, but here somebody wanted one."""
+    from tiny_student import make_student
+
+    data = make_data(tmp_path)
+    student = make_student(data, tmp_path / "student.pt")
+    for unread in ({"beam": 4}, {"max_len_b": 3}, {"sampling": True, "temperature": 2.0}):
+        with pytest.raises(UserError, match="vqem_transformer does not read " + min(unread)):
+            Translator.from_checkpoint(student, data, **unread)
+    assert Translator.from_checkpoint(student, data, beam=5, iter_decode_eos_penalty=0.0)
