@@ -58,7 +58,8 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         default=[],
         metavar="NAME=JSON",
         help="""its generation and task options, e.g. 'teacher={"beam": 4}' or
-        'student={"latent_beam": 2}'; "engine": "ctranslate2" (with "compute_type") or "exported" chooses another engine""",
+        'student={"latent_beam": 2}'; "engine": "ctranslate2" (with "compute_type") or "exported"
+        chooses another engine""",
     )
     parser.add_argument("--baseline", required=True, metavar="NAME", help="speed-ups refer to it")
     parser.add_argument("--source", type=Path, help="raw sentences (default: the test split)")
