@@ -118,11 +118,14 @@ def translate(
     Raises:
         UserError: the checkpoint is not autoregressive, or does not fit the data.
     """
-    from fairseq_vqem.generation.api import Translator
+    from fairseq_vqem.generation.api import Translator, task_of
 
+    problem = f"--teacher {teacher} is not autoregressive: give the teacher's checkpoint"
+    if task_of(teacher) == "translation_vqem":  # which would refuse the beam first
+        raise UserError(problem)
     translator = Translator.from_checkpoint(teacher, data, device=device, beam=beam, lenpen=lenpen)
     if not all(is_autoregressive(model) for model in translator.models):
-        raise UserError(f"--teacher {teacher} is not autoregressive: give the teacher's checkpoint")
+        raise UserError(problem)
     tokens = read_tokens(data, split, languages(data)[0])
     rows = [tokens[number].long() for number in range(len(tokens))]
     occupied = [number for number, row in enumerate(rows) if len(row) > 1]
