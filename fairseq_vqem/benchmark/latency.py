@@ -141,6 +141,7 @@ def _run(arguments: argparse.Namespace) -> int:
     systems = parse_systems(arguments.system, arguments.system_options)
     _check_arguments(arguments, systems)
     threads = arguments.threads or torch.get_num_threads()
+    torch.set_num_threads(threads)  # which the signature states
     sentences = choose_evenly(_sentences(arguments), arguments.sentences)
     if not sentences:
         raise UserError("There is no sentence to translate; give a --source with text.")

@@ -113,7 +113,9 @@ class TimedCalls(ABC, Generic[T]):
         self.device = device
         found = {count: self._probe(load, count) for count in counts} if len(counts) > 1 else {}
         self.threads = min(counts, key=lambda count: found.get(count, 0.0))
-        self._load(load, self.threads)
+        if not found or self.threads != counts[-1]:  # else it was loaded last
+            self._load(load, self.threads)
+        self.outputs: dict[int, Any] = {}
 
     @abstractmethod
     def prepare(self, made: T) -> list[Callable[[], Any]]:
@@ -128,7 +130,7 @@ class TimedCalls(ABC, Generic[T]):
         _set_threads(count)
         self.made = load(count)
         self.calls = self.prepare(self.made)
-        self.outputs: dict[int, Any] = {}
+        self.outputs = {}
 
     def _probe(self, load: Callable[[int], T], count: int) -> float:
         self.threads = count

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from test_api import make_data, make_teacher
 
 from fairseq_vqem.benchmark import latency
@@ -194,11 +195,16 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     words += ["--system-options", 'beam 4={"beam": 4, "max_len_b": 9}']
     words += ["--system-options", 'greedy={"beam": 1, "max_len_b": 3}', "--baseline", "beam 4"]
     words += ["--sentences", "4", "--repeats", "1", "--burn-in", "1"]
-    arguments = parser.parse_args(words)
-    assert arguments.run(arguments) == 0
+    arguments = parser.parse_args([*words, "--threads", "2"])
+    before = torch.get_num_threads()
+    try:
+        assert arguments.run(arguments) == 0
+    finally:
+        torch.set_num_threads(before)
     table, signature = read_table(tmp_path / "out.json")
     assert [row.system for row in table.rows] == ["beam 4", "greedy"]
     assert table.rows[0].speedup == 1.0 and table.rows[1].baseline == "beam 4"
+    assert signature["threads"] == 2 != before
     assert signature["data_checksum"] and str(tmp_path) not in signature["command"]
     assert set(json.loads((tmp_path / "out.json").read_text("utf-8"))["threads"]) == {
         "beam 4",

@@ -104,7 +104,9 @@ def test_the_faster_number_of_threads_is_kept(best: int, monkeypatch: pytest.Mon
     threads: list[int] = []
     monkeypatch.setattr(turns, "_set_threads", threads.append)
     timed = Sleeper.__new__(Sleeper)
-    timed.__init__(lambda count: count, [1, 2])  # type: ignore[misc]
+    loaded: list[int] = []
+    timed.__init__(lambda count: loaded.append(count) or count, [1, 2])  # type: ignore[misc]
     assert timed.threads == timed.made == best
+    assert loaded == ([1, 2, 1] if best == 1 else [1, 2])
     timed.turn([0, 3])
     assert threads[-1] == best and timed.outputs == {0: best, 3: best}
