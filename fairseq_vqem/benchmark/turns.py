@@ -45,12 +45,13 @@ def process_groups(options: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     return {n: f"{kind} {n}" if kind == "ctranslate2" else kind for n, kind in kinds.items()}
 
 
-def thread_counts(most: int) -> list[int]:
+def thread_counts(most: int, device: str = "cpu") -> list[int]:
     """How many threads are tried: one, and as many as there may be.
 
     Small products are often slower with two threads than with one, and not in every engine alike.
+    A GPU does not compute with them.
     """
-    return sorted({1, most})
+    return sorted({1, most}) if device == "cpu" else [most]
 
 
 def time_engines(
@@ -69,7 +70,7 @@ def time_engines(
         processes: has a process for every system; which of them share one, it knows.
         threads: the most that a system may have; see `thread_counts`.
     """
-    counts = thread_counts(threads)
+    counts = thread_counts(threads, device)
     for name, load in loaders.items():
         processes.hold(name, partial(TimedEngine, load, list(sentences), counts, device))
     seconds = measure(
@@ -93,7 +94,7 @@ def time_best_batches(
 ) -> float:
     """`time_batches` with the number of threads that is faster."""
     seconds = []
-    for count in thread_counts(threads):
+    for count in thread_counts(threads, device):
         _set_threads(count)
         seconds.append(time_batches(load(count), sentences, size, device))
     return min(seconds)

@@ -138,9 +138,7 @@ def _row(
         extra[_speedup_heading(baseline)] = str(gain)
     extra[THROUGHPUT] = f"{throughput.best:.1f} ({throughput.best_batch_size})"
     extra[TRAINING] = _whole(cost.get("target_tokens_per_second"))
-    # what a process holds beside a GPU says nothing about the training
-    on_cpu = findings.run.device == "cpu"
-    extra[MEMORY] = _whole(cost.get("peak_memory_mib") if on_cpu else None)
+    extra[MEMORY] = _whole(training_memory(cost, findings.run.device))
     return ResultRow(
         system=name,
         bleu=scores.bleu,
@@ -151,6 +149,18 @@ def _row(
         parameters=findings.parameters[name],
         extra=extra,
     )
+
+
+def training_memory(cost: Mapping[str, Any], device: str) -> float | None:
+    """Most MiB that a training took: on a CPU of its process, on a GPU of the device."""
+    if device == "cpu":
+        return cost.get("peak_memory_mib")
+    if cost.get("least_free_gib") is None:
+        return None
+    import torch
+
+    total = torch.cuda.get_device_properties(torch.device(device)).total_memory
+    return total / 2**20 - 1024 * float(cost["least_free_gib"])
 
 
 def _paired(findings: Findings) -> list[PairedScore]:

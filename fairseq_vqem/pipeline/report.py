@@ -122,6 +122,9 @@ def training_summary(folder: Path, items: str = "target_tokens") -> dict[str, An
         if kind == "valid":
             summary["last_validation"] = values
         if kind == "train_inner":
+            if "gb_free" in values:  # of a GPU, at the peak of an update
+                free = float(values["gb_free"])
+                summary["least_free_gib"] = min(free, summary.get("least_free_gib", free))
             intervals[int(float(values["num_updates"]))] = values
     for updates in sorted(intervals):
         rate = float(intervals[updates]["ups"])

@@ -273,7 +273,14 @@ def test_whole_build_and_its_resumption(repository: Path, tmp_path: Path) -> Non
     assert build_corpus("de", ["lohelp"], out, work, RULE) == manifest
     assert len((repository / "log").read_text().splitlines()) == 1
 
-    (work / "groups" / "de.lohelp.tsv").write_text("damaged", encoding="utf-8")
+    (out / "train.de").write_text("damaged", encoding="utf-8")
+    assert build_corpus("de", ["lohelp"], out, work, RULE) == manifest
+    assert (out / "train.de").read_text(encoding="utf-8") != "damaged"
+
+    group = work / "groups" / "de.lohelp.tsv"
+    group.write_text("damaged", encoding="utf-8")
+    assert build_corpus("de", ["lohelp"], out, work, RULE) == manifest  # has no need of it
+    (out / "manifest.json").unlink()
     with pytest.raises(UserError, match=r"fetch the package index.*Failed to fetch.*network"):
         build_corpus("de", ["lohelp"], out, work, RULE)
 

@@ -11,8 +11,8 @@ from test_api import MAX_POSITIONS, PAIRS, SPLITS, make_data, make_teacher
 from fairseq_vqem.benchmark.signature import read_result
 from fairseq_vqem.benchmark.splits import read_split
 from fairseq_vqem.corpora import teaching as teaching_module
-from fairseq_vqem.corpora.distill import distill
-from fairseq_vqem.corpora.files import read_lines, write_lines
+from fairseq_vqem.corpora.distill import check_plan, distill
+from fairseq_vqem.corpora.files import read_json, read_lines, write_json, write_lines
 from fairseq_vqem.corpora.teaching import Teaching, merged_shards, shard_indices
 from fairseq_vqem.errors import UserError
 
@@ -145,6 +145,26 @@ def test_lost_and_repeated_sentences_are_detected(whole: Teaching, tmp_path: Pat
     write_lines(copy.shard_file(1), [*lines, lines[0]])
     with pytest.raises(UserError, match="in two shards"):
         merged_shards(copy, len(PAIRS))
+
+
+def test_half_precision_is_part_of_the_plan(whole: Teaching, tmp_path: Path) -> None:
+    half = replace(whole, out=tmp_path / "half", shards=1, dtype="bfloat16")
+    assert distill(half).sentences == len(PAIRS)
+    assert read_result(half.out / "distill-report.json")["signature"]["dtype"] == "bfloat16"
+    with pytest.raises(UserError, match="other dtype"):
+        distill(replace(half, dtype="float32"))
+
+
+def test_a_plan_of_an_earlier_version_was_of_float32(whole: Teaching, tmp_path: Path) -> None:
+    earlier = replace(whole, out=tmp_path)
+    check_plan(earlier)
+    plan = tmp_path / "shards" / "plan.json"
+    content = read_json(plan)
+    del content["dtype"]
+    write_json(plan, content)
+    check_plan(earlier)
+    with pytest.raises(UserError, match="other dtype"):
+        check_plan(replace(earlier, dtype="float16"))
 
 
 def test_mistakes_are_user_errors(whole: Teaching, tmp_path: Path) -> None:

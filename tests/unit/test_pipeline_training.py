@@ -7,11 +7,13 @@ import json
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from fairseq_vqem.compare.report import training_memory
 from fairseq_vqem.corpora.files import read_json, write_json
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.pipeline.report import training_summary, used_validation
@@ -132,6 +134,21 @@ def test_seconds_of_a_resumed_training_are_those_of_its_updates(tmp_path: Path) 
     assert summary["target_tokens_per_second"] == 350.0  # the median of 200, 500, 400 and 300
     assert summary["peak_memory_mib"] == 12.5
     assert summary["last_validation"]["valid_mse"] == "3"
+
+
+def test_memory_of_a_gpu_is_what_was_never_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = [interval(update, 1.0, 1.0, 1.0) for update in (1, 2, 3)]
+    for (_, values), free in zip(records, ("70.5", "48", "61.0"), strict=True):
+        values["gb_free"] = free
+    write_log(tmp_path, *records)
+    cost = {**training_summary(tmp_path), "peak_memory_mib": 3.0}
+    device = SimpleNamespace(total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
+    assert training_memory(cost, "cuda") == (80 - 48) * 1024
+    assert training_memory(cost, "cpu") == 3.0
+    assert training_memory({"peak_memory_mib": 3.0}, "cuda") is None
 
 
 def test_the_first_update_has_no_rate(tmp_path: Path) -> None:

@@ -81,6 +81,7 @@ def test_models_of_ctranslate2_are_alone() -> None:
 
 def test_one_thread_and_all_are_tried() -> None:
     assert thread_counts(1) == [1] and thread_counts(8) == [1, 8]
+    assert thread_counts(8, "cuda:0") == [8]
 
 
 class Sleeper(TimedCalls[int]):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from fairseq_vqem.errors import UserError
 ENGLISH = "en"
 LANGUAGE_NAME = re.compile(r"[a-z]{2,3}(_[A-Z]{2})?")
 DUPLICATE = "duplicate"
+MANIFEST = "manifest.json"
 
 
 def check_request(lang: str, groups: Sequence[str]) -> list[str]:
@@ -58,7 +59,8 @@ def build_corpus(
 ) -> dict[str, Any]:
     """Write ``out_dir/{train,valid,test}.{en,LANG,label}`` and ``manifest.json``.
 
-    Finished groups are kept as ``work_dir/groups/LANG.GROUP.tsv`` and not built again.
+    Finished groups are kept as ``work_dir/groups/LANG.GROUP.tsv`` and not built again; a finished
+    corpus of the same request needs neither them nor a network.
 
     Args:
         lang: the language beside English, as Debian names it (``de``, ``pt_BR``).
@@ -74,6 +76,15 @@ def build_corpus(
         UserError: apt is missing, the network fails, or the language has no text in these groups.
     """
     groups = check_request(lang, groups)
+    request = {
+        "source_lang": ENGLISH,
+        "target_lang": lang,
+        "groups": groups,
+        "split_rule": rule.describe(),
+        "labels_kept_from_evaluation": sorted(LABELS_KEPT_FROM_EVALUATION),
+    }
+    if built := _built_before(out_dir, request):
+        return built
     descriptions = _finish_groups(lang, groups, work_dir)
     dropped: dict[str, Counter[str]] = defaultdict(Counter)
     for description in descriptions.values():
@@ -94,16 +105,29 @@ def build_corpus(
         chosen = [rows[index] for index in getattr(result, split)]
         splits[split] = _write_split(out_dir, split, lang, chosen)
     manifest = {
-        "source_lang": ENGLISH,
-        "target_lang": lang,
-        "groups": groups,
-        "split_rule": rule.describe(),
-        "labels_kept_from_evaluation": sorted(LABELS_KEPT_FROM_EVALUATION),
+        **request,
         "packages": {g: description["packages"] for g, description in descriptions.items()},
         "dropped": {label: dict(reasons) for label, reasons in dropped.items()},
         "splits": splits,
     }
-    write_json(out_dir / "manifest.json", manifest)
+    write_json(out_dir / MANIFEST, manifest)
+    return manifest
+
+
+def _built_before(out_dir: Path, request: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The manifest of a finished corpus of the same request whose files are unchanged."""
+    path = out_dir / MANIFEST
+    if not path.is_file():
+        return None
+    manifest: dict[str, Any] = read_json(path)
+    if any(manifest.get(key) != value for key, value in request.items()):
+        return None
+    for split, content in manifest["splits"].items():
+        for suffix, checksum in content["sha256"].items():
+            text = out_dir / f"{split}.{suffix}"
+            if not text.is_file() or count_and_checksum(text)[1] != checksum:
+                return None
+    print(f"{out_dir}: finished before")
     return manifest
 
 
