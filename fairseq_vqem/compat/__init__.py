@@ -5,7 +5,9 @@ called when the plugin is imported, and calling it again does nothing. A patched
 one that it replaces: see ``original``.
 """
 
+from fairseq_vqem.compat.attention import plan_no_attention
 from fairseq_vqem.compat.batches import (
+    end_loader_workers_at_once,
     keep_bf16_off_tpu,
     keep_last_batch,
     make_batches_every_epoch,
@@ -45,6 +47,7 @@ __all__ = [
     "discard_rejected_statistics",
     "enable_cpu_data_parallel",
     "enable_torchrun",
+    "end_loader_workers_at_once",
     "explain_bad_checkpoints",
     "honour_sacrebleu_flag",
     "install_error_hook",
@@ -53,6 +56,7 @@ __all__ = [
     "make_batches_every_epoch",
     "mend_rerank",
     "original",
+    "plan_no_attention",
     "recognise_own_user_dir",
     "refuse_missing_restore_file",
     "rerank",
@@ -69,6 +73,8 @@ def apply() -> None:
     keep_last_batch()
     make_batches_every_epoch()
     keep_bf16_off_tpu()
+    end_loader_workers_at_once()
+    plan_no_attention()
     discard_rejected_statistics()
     average_whole_numbers_never()
     mend_rerank()

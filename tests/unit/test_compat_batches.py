@@ -4,7 +4,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fairseq.data import data_utils
+import torch
+from fairseq.data import data_utils, iterators
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -53,3 +54,27 @@ def test_every_index_comes_out_once(
             assert max_tokens is None or len(part) * longest <= max_tokens
             assert max_sentences is None or len(part) <= max_sentences
             assert len(part) < multiple or len(part) % multiple == 0
+
+
+class Numbers(torch.utils.data.Dataset):
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.full((2,), index)
+
+
+def test_workers_end_with_their_epoch() -> None:
+    """fairseq asks for persistent ones, for which torch waits where there is a GPU."""
+    arguments = Numbers(), torch.stack, [[0, 1], [2, 3], [4, 5]]
+    batches = iterators.EpochBatchIterator(*arguments, num_workers=2)
+    assert not batches.persistent_workers
+    for _ in range(2):
+        found = torch.cat(list(batches.next_epoch_itr(shuffle=False)))
+        assert found[:, 0].tolist() == [0, 1, 2, 3, 4, 5]
+    fresh = object.__new__(iterators.EpochBatchIterator)
+    compat.original(iterators.EpochBatchIterator.__init__)(fresh, *arguments, num_workers=2)
+    assert fresh.persistent_workers  # so the work-around is still needed
+
+
+def test_attention_needs_no_plan_for_each_shape() -> None:
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    compat.plan_no_attention()
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
