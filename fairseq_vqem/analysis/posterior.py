@@ -11,6 +11,7 @@ import torch
 from fairseq import checkpoint_utils, utils
 
 from fairseq_vqem.benchmark.scoring import score
+from fairseq_vqem.benchmark.splits import read_split
 from fairseq_vqem.corpora.files import write_lines
 from fairseq_vqem.corpora.subwords import load_subwords
 from fairseq_vqem.errors import UserError
@@ -26,20 +27,20 @@ def posterior_batches(
     Raises:
         UserError: the checkpoint is not a ``vqem_transformer``, or the device is not there.
     """
-    checked_device(device)
+    place = checked_device(device)
     models, _, task = checkpoint_utils.load_model_ensemble_and_task(
         [checkpoint], arg_overrides={"data": str(data)}
     )
     if not isinstance(task, TranslationVQEMTask):
         raise UserError(f"{checkpoint} has no latents: give the checkpoint of a vqem_transformer")
-    model = models[0].eval().to(device)
+    model = models[0].eval().to(place)
     task.load_dataset(split)
     dataset = task.dataset(split)
     iterator = task.get_batch_iterator(
         dataset, max_sentences=64, required_batch_size_multiple=1
     ).next_epoch_itr(shuffle=False)
     for sample in iterator:
-        yield task, model, sample if device == "cpu" else utils.move_to_cuda(sample)
+        yield task, model, sample if place.type == "cpu" else utils.move_to_cuda(sample, place)
 
 
 @torch.no_grad()
@@ -55,18 +56,14 @@ def reconstruct(
         UserError: the checkpoint is not a ``vqem_transformer``.
     """
     subwords = load_subwords(data)
-    texts: dict[int, tuple[str, str]] = {}
+    references = read_split(data, split)[1]
+    texts: dict[int, str] = {}
     for task, model, sample in posterior_batches(checkpoint, data, split, device):
-        for number, tokens, target in zip(
-            sample["id"].tolist(), task.posterior(sample, model), sample["target"], strict=True
+        for number, tokens in zip(
+            sample["id"].tolist(), task.posterior(sample, model), strict=True
         ):
-            reference = utils.strip_pad(target, task.target_dictionary.pad())
-            texts[number] = (
-                subwords.decode(task.target_dictionary.string(tokens)),
-                subwords.decode(task.target_dictionary.string(reference)),
-            )
-    ordered = [texts[number] for number in sorted(texts)]
-    return [hypothesis for hypothesis, _ in ordered], [reference for _, reference in ordered]
+            texts[number] = subwords.decode(task.target_dictionary.string(tokens))
+    return [texts[number] for number in range(len(references))], references
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fairseq_vqem.benchmark.engines import synchroniser
 from fairseq_vqem.benchmark.signature import make_signature
 from fairseq_vqem.benchmark.tables import (
     ResultRow,
@@ -230,7 +231,7 @@ def _run(arguments: argparse.Namespace) -> int:
                 repeats=arguments.repeats,
                 max_seconds=arguments.max_seconds,
                 limit_mib=limit_gib * 1024,
-                synchronise=_synchroniser(arguments.device),
+                synchronise=synchroniser(arguments.device),
             )
         )
         print(f"N={rows} K={codes}: {len(cells[-1].seconds)} timed", flush=True)
@@ -302,17 +303,14 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and not value > 0:
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must be positive")
+    if arguments.threads is not None and arguments.threads < 1:
+        raise UserError(f"--threads is {arguments.threads}: it must be positive")
+    from fairseq_vqem.generation.api import checked_device
+
+    checked_device(arguments.device)
     if min(arguments.samples) < 1:
         raise UserError(f"--samples holds {min(arguments.samples)}: each must be positive")
 
 
 def _ignoring_index(step: Step) -> Callable[[int], object]:
     return lambda index: step()
-
-
-def _synchroniser(device: str) -> Callable[[], object]:
-    import torch
-
-    if device.startswith("cuda"):
-        return lambda: torch.cuda.synchronize(torch.device(device))
-    return lambda: None

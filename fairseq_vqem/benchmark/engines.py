@@ -114,8 +114,8 @@ class CTranslate2Engine:
 
         known = dict(options)
         compute_type = known.pop("compute_type", "float32")
-        self.workers = int(known.pop("workers", 1))
-        self.beam = int(known.pop("beam", 5))
+        self.workers = positive(known, "workers", 1)
+        self.beam = positive(known, "beam", 5)
         self.length_penalty = float(known.pop("lenpen", 1.0))
         self.max_length = float(known.pop("max_len_a", 0)), int(known.pop("max_len_b", 200))
         if known:
@@ -166,6 +166,14 @@ class CTranslate2Engine:
 
     def text(self, output: Any) -> str:
         return self.subwords.decode(" ".join(output))
+
+
+def positive(options: dict[str, Any], name: str, default: int) -> int:
+    """Take ``name`` out of an engine's options; UserError unless it is a number above 0."""
+    value = options.pop(name, default)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"the engine's option {name} is {value!r}: it must be at least 1")
+    return value
 
 
 def engine_versions(systems: Iterable[Mapping[str, Any]]) -> dict[str, str]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fairseq_vqem.benchmark.engines import positive
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.export.command import export
 from fairseq_vqem.export.standalone import StandaloneError, StandaloneTranslator
@@ -38,7 +39,7 @@ class ExportedEngine:
 
         task_options = dict(options)
         weights = task_options.pop("weights", "float32")
-        self.workers = int(task_options.pop("workers", 1))
+        self.workers = positive(task_options, "workers", 1)
         each = [Translator.from_checkpoint(part, data) for part in checkpoint.split(":")]
         self.parameters = sum(translator.parameters for translator in each)
         # The runtime may read the weights whenever it likes: the folder lives as long as this does.

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from fairseq_vqem.corpora.binarise import MANIFEST
-from fairseq_vqem.corpora.files import read_json
+from fairseq_vqem.corpora.files import count_and_checksum, read_json, read_lines
 from fairseq_vqem.corpora.subwords import load_subwords
 from fairseq_vqem.errors import UserError
+
+ORIGINALS = ("raw", "corpus/raw")
+"""Beside data of ``prepare``, and beside data that ``distill`` made from it."""
 
 
 def languages(data: Path) -> tuple[str, str]:
@@ -40,7 +43,7 @@ def read_tokens(data: Path, split: str, language: str) -> Sequence[Any]:
 
 
 def read_split(data: Path, split: str) -> tuple[list[str], list[str]]:
-    """Return the text of (source, target); symbols outside the dictionary read ``<unk>``.
+    """Return the text of (source, target), see `read_text`.
 
     Raises:
         UserError: the split is not there.
@@ -50,10 +53,27 @@ def read_split(data: Path, split: str) -> tuple[list[str], list[str]]:
 
 
 def read_text(data: Path, split: str, language: str) -> list[str]:
-    """Return the text of one side of a split, as `read_split` does."""
+    """Return the text of one side of a split.
+
+    It is the text that the data was made from, where that still lies beside it. Else it is decoded,
+    and symbols outside the dictionary read ``<unk>``: whoever scores against it is a little off.
+    """
     from fairseq.data import Dictionary
 
+    original = original_text(data, split, language)
+    if original is not None:
+        return list(read_lines(original))
     dictionary = Dictionary.load(str(data / f"dict.{language}.txt"))
     subwords = load_subwords(data)
     tokens = read_tokens(data, split, language)
     return [subwords.decode(dictionary.string(tokens[i])) for i in range(len(tokens))]
+
+
+def original_text(data: Path, split: str, language: str) -> Path | None:
+    """The file that one side of a split was made from, where it is in its place and unchanged."""
+    recorded = read_json(data / MANIFEST).get("splits", {}).get(split, {}).get("sha256", {})
+    for folder in ORIGINALS:
+        path = data.resolve().parent / folder / f"{split}.{language}"
+        if path.is_file() and count_and_checksum(path)[1] == recorded.get(language):
+            return path
+    return None

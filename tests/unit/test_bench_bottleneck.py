@@ -167,6 +167,12 @@ def test_arguments(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out.startswith(f"Left out: {LIBRARY} is not installed: pip")
     with pytest.raises(UserError, match="is not installed: pip install"):
         bench.choose_kinds([LIBRARY])
-    for words in (("--dimension", "0"), ("--repeats", "-1"), ("--samples", "0")):
+    for words, message in (
+        (("--dimension", "0"), "must be positive"),
+        (("--repeats", "-1"), "must be positive"),
+        (("--samples", "0"), "must be positive"),
+        (("--threads", "0"), "must be positive"),
+        (("--device", "gpu"), "Unknown device 'gpu'"),
+    ):
         assert main(["bench", "bottleneck", "--sizes", "8x8", *words]) == 1
-        assert "must be positive" in capsys.readouterr().err
+        assert message in capsys.readouterr().err

@@ -19,6 +19,7 @@ from tiny_student import make_student
 import fairseq_vqem
 from fairseq_vqem.benchmark import engines
 from fairseq_vqem.benchmark.engines import (
+    PACKAGES,
     CTranslate2Engine,
     FairseqEngine,
     engine_versions,
@@ -195,11 +196,13 @@ def translate_in_parts(checkpoint: str, data: Path, options: dict[str, Any]) -> 
         ({"engine": "marian"}, "no engine 'marian'"),
         ({"engine": "ctranslate2", "latent_beam": 2}, "no option latent_beam"),
         ({"engine": "ctranslate2", "compute_type": "int2"}, "compute_type is 'int2'"),
+        ({"engine": "ctranslate2", "beam": 0}, "option beam is 0: it must be at least 1"),
+        ({"engine": "exported", "workers": 0}, "option workers is 0: it must be at least 1"),
     ],
 )
 def test_bad_options(trained: tuple[Path, Path], options: dict[str, Any], message: str) -> None:
-    if options["engine"] == "ctranslate2":
-        pytest.importorskip("ctranslate2")
+    for package in PACKAGES.get(options["engine"], ()):
+        pytest.importorskip(package)
     data, teacher = trained
     with pytest.raises(UserError, match=message):
         load_engine(str(teacher), data, options)
