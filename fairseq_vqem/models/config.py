@@ -20,6 +20,16 @@ LATENT_LENGTHS = ("end", "source")
 CODE_STREAMS = ("auto", "joint", "factorised")
 OUTPUTS = ("positions", "ctc")
 LARGEST_JOINT_CODEBOOK = 2**16
+READERS = {
+    "em_samples": ("soft-em",),
+    "codebook_update": ("soft-em", "hard-em"),
+    "gumbel_temperature": ("gumbel", "gm-vq"),
+    "gumbel_noise": ("gumbel", "gm-vq"),
+    "semhash_discrete": ("semhash",),
+    "gm_gamma": ("gm-vq",),
+    "gm_beta": ("gm-vq",),
+}
+"""Options that some of the own bottlenecks read, and which."""
 
 
 def option(default: Any, text: str) -> Any:
@@ -190,6 +200,9 @@ def add_missing_options(cfg: Any) -> None:
                 setattr(cfg, each.name, each.default)
 
 
+DEFAULTS = {each.name: each.default for each in fields(BottleneckOptions)}
+
+
 def factorises(cfg: VQEMTransformerConfig) -> bool:
     """Whether the latent predictor writes one symbol per codebook instead of a joint code."""
     if str(cfg.code_stream) != "auto":
@@ -213,6 +226,13 @@ def check_effective(cfg: Any) -> None:
             "--code-stream factorised writes one symbol per codebook, but there is only one: leave"
             " it out"
         )
+    for option_name, readers in READERS.items():
+        value = str(getattr(cfg, option_name))
+        if name in set(BOTTLENECKS) - {*readers} and value != str(DEFAULTS[option_name]):
+            raise UserError(
+                f"--{option_name.replace('_', '-')} {value} changes nothing with --bottleneck"
+                f" {name}: it is for {' and '.join(readers)}"
+            )
     learned = str(cfg.cluster_prior) == "learned"
     if learned and not kind.has_codebook_care:
         raise UserError(

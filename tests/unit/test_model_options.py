@@ -114,22 +114,28 @@ def test_options_that_do_not_fit(tiny: Any, options: dict[str, Any], match: str)
         (dict(cluster_prior="learned", bottleneck="gumbel"), "does not know --cluster-prior"),
         (dict(posterior_temperature=2.0, bottleneck="gumbel"), "changes nothing with"),
         (dict(posterior_temperature=2.0, bottleneck="hard-em"), "--cluster-prior learned, hard-em"),
+        (dict(em_samples=5, bottleneck="hard-em"), "--em-samples 5 changes nothing with"),
+        (dict(codebook_update="literal", bottleneck="gumbel"), "it is for soft-em and hard-em"),
+        (dict(gm_gamma=0.5), "--gm-gamma 0.5 changes nothing with --bottleneck soft-em"),
+        (dict(semhash_discrete="0", bottleneck="gm-vq"), "it is for semhash"),
     ],
 )
 def test_options_without_effect_are_refused_in_training_alone(
     tiny: Any, options: dict[str, Any], match: str
 ) -> None:
-    task = tiny.task()
+    task, options = tiny.task(), {"em_samples": 10, **options}
     tiny.model(task, **options)  # of a finished checkpoint
     task.initialises_models = True
     assert_user_error(match, lambda: tiny.model(task, **options))
     for fit in (
         dict(posterior_temperature=2.0),
         dict(posterior_temperature=2.0, bottleneck="gm-vq"),
+        dict(em_samples=5),
+        dict(gumbel_temperature="1", gm_beta=0.5, bottleneck="gm-vq"),
         dict(posterior_temperature=2.0, bottleneck="hard-em", cluster_prior="learned"),
         dict(codebook_split="residual", num_codebooks=2, codebook_size=16),
     ):
-        tiny.model(task, **fit)
+        tiny.model(task, **{"em_samples": 10, **fit})
 
 
 def test_checkpoint_of_other_sizes(tiny: Any) -> None:
