@@ -17,14 +17,14 @@ TRAINING = (
     *("--arch", "vqem_transformer_small", "--codebook-size", 512, "--compress-steps", 2),
     *("--embed-dim", 128, "--ffn-embed-dim", 256, "--encoder-layers", 2, "--dropout", 0),
     *("--quantise-schedule", "0:1@100-150", "--gold-schedule", "0.5:0@100-200"),
-    *("--codebook-decay", 0.9, "--em-samples", 4, "--clip-norm", 1.0),
+    *("--codebook-decay", 0.9, "--clip-norm", 1.0),
     *("--lr", 0.002, "--lr-scheduler", "warmup_exponential", "--warmup-updates", 50),
     *("--lr-half-life", 250, "--batch-size", 64, "--max-update", 700),
 )
 
 
 KINDS = {
-    "soft-em": (),
+    "soft-em": ("--em-samples", 4),
     "hard-em": (),
     "gradient-vq": (),
     "gumbel": ("--gumbel-temperature", "1:0.2@400", "--gumbel-noise", "0:0.3@100-200"),
@@ -34,7 +34,7 @@ KINDS = {
 
 
 CTC = (
-    *("--output", "ctc", "--upsample-scale", 3, "--hidden-codes", 0.5),
+    *("--em-samples", 4, "--output", "ctc", "--upsample-scale", 3, "--hidden-codes", 0.5),
     *("--lr-half-life", 400, "--max-update", 1000),
 )
 CASES = {kind: ("--bottleneck", kind, *words) for kind, words in KINDS.items()}
