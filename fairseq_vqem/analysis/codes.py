@@ -62,7 +62,7 @@ def encode_split(
             for number, codes, best in zip(
                 numbers, rows, _predict(task, model, sample), strict=True
             ):
-                translation = subwords.decode(dictionary.string(best["tokens"]))
+                translation = subwords.decode(dictionary.string(best["tokens"].cpu()))
                 texts = sources[number], references[number]
                 shown[number] = Example(number, *texts, codes, best["codes"].tolist(), translation)
     return Coded(

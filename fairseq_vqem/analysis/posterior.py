@@ -62,7 +62,7 @@ def reconstruct(
         for number, tokens in zip(
             sample["id"].tolist(), task.posterior(sample, model), strict=True
         ):
-            texts[number] = subwords.decode(task.target_dictionary.string(tokens))
+            texts[number] = subwords.decode(task.target_dictionary.string(tokens.cpu()))
     return [texts[number] for number in range(len(references))], references
 
 

@@ -152,6 +152,10 @@ def measure_cell(
     steps: dict[str, Step] = {}
     longest = 0.0
     for problem in problems:
+        if problem.device != "cpu":
+            import torch
+
+            torch.cuda.empty_cache()  # for the process that measures
         memory = peak_memory(problem, limit_mib, MEMORY_PATIENCE * max_seconds)
         cell.memory[problem.name] = memory
         if memory.problem:

@@ -131,6 +131,7 @@ class CTranslate2Engine:
             self.translator = ctranslate2.Translator(
                 converted,
                 device=device.split(":")[0],
+                device_index=int(device.partition(":")[2] or 0),
                 compute_type=compute_type,
                 inter_threads=self.workers,
                 intra_threads=max(1, threads // self.workers),
@@ -205,6 +206,11 @@ def check_engine(name: str, device: str, weights: str = "float32") -> None:
     if name == "exported" and device != "cpu":
         raise UserError("the engine exported runs on the CPU only: leave such rows out")
     need_packages(f"the engine {name}", *PACKAGES[name])
+    if name == "ctranslate2" and device != "cpu":
+        import ctranslate2
+
+        if not ctranslate2.get_cuda_device_count():
+            raise UserError("CTranslate2 finds no GPU: leave such rows out, or use --device cpu")
     if name == "exported":
         from fairseq_vqem.export.artefact import need_integer_products
         from fairseq_vqem.export.command import WEIGHTS

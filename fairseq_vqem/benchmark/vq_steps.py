@@ -211,7 +211,8 @@ def _measure_in_child(sender: Connection, problem: Problem, limit_mib: float, th
         sender.send(Memory(problem=str(error)))
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, MemoryError) or "memory" in str(error).lower():
-            sender.send(Memory(problem=f"needs more than {limit_mib / 1024:.1f} GiB"))
+            there = "the GPU has" if problem.device != "cpu" else f"{limit_mib / 1024:.1f} GiB"
+            sender.send(Memory(problem=f"needs more than {there}"))
         else:
             sender.send(Memory(problem=str(error).splitlines()[0]))
 
@@ -227,10 +228,11 @@ def _measure(problem: Problem, limit_mib: float) -> Memory:
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     step = make_step(problem)
     if cuda:
-        torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
+        place = torch.device(problem.device)
+        torch.cuda.reset_peak_memory_stats(place)
+        held = torch.cuda.memory_allocated(place)
         step()
-        return Memory((torch.cuda.max_memory_allocated() - held) / MIB)
+        return Memory((torch.cuda.max_memory_allocated(place) - held) / MIB)
     _forget_peak()
     held = _status("VmRSS")
     step()

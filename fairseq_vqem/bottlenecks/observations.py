@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fairseq_vqem.bottlenecks.base import Bottleneck, BottleneckOptions
-from fairseq_vqem.bottlenecks.codebook import gather_rows, on_any_worker
+from fairseq_vqem.bottlenecks.codebook import Float32Buffers, gather_rows, on_any_worker
 
 
 class ObservationRing(nn.Module):
@@ -55,7 +55,7 @@ class ObservationRing(nn.Module):
         self.seen += rows.size(0)
 
 
-class ParameterCodebook(Bottleneck):
+class ParameterCodebook(Float32Buffers, Bottleneck):
     """The part common to the kinds whose codebook the optimiser trains.
 
     The codebook is a fixed start plus a trained offset that begins at zero. Only the start is

@@ -5,7 +5,6 @@ called when the plugin is imported, and calling it again does nothing. A patched
 one that it replaces: see ``original``.
 """
 
-from fairseq_vqem.compat.attention import plan_no_attention
 from fairseq_vqem.compat.batches import (
     end_loader_workers_at_once,
     keep_bf16_off_tpu,
@@ -20,6 +19,7 @@ from fairseq_vqem.compat.checkpoints import (
     refuse_missing_restore_file,
     restart_failed_saves,
 )
+from fairseq_vqem.compat.cuda import convolve_in_float32, plan_no_attention
 from fairseq_vqem.compat.generation import (
     SynchronisedStopwatch,
     honour_sacrebleu_flag,
@@ -43,6 +43,7 @@ __all__ = [
     "allow_in_checkpoints",
     "apply",
     "average_whole_numbers_never",
+    "convolve_in_float32",
     "copy_checkpoints_atomically",
     "discard_rejected_statistics",
     "enable_cpu_data_parallel",
@@ -75,6 +76,7 @@ def apply() -> None:
     keep_bf16_off_tpu()
     end_loader_workers_at_once()
     plan_no_attention()
+    convolve_in_float32()
     discard_rejected_statistics()
     average_whole_numbers_never()
     mend_rerank()

@@ -36,13 +36,14 @@ def rerank(
     """Set each hypothesis' score to the teacher's mean log-probability per token, EOS included.
 
     ``finalized`` holds ``beam_size`` consecutive candidates per sentence, one to a list; their
-    tokens begin with BOS, where the teacher expects EOS.
+    tokens begin with BOS, where the teacher expects EOS, and may be on another device.
     """
+    inputs = list(encoder_input)
     tokens = torch.nn.utils.rnn.pad_sequence(
         [candidates[0]["tokens"] for candidates in finalized], True, self.pad
-    )
+    ).to(inputs[0].device)
     tokens[:, 0] = self.eos
-    encoder_out = reranker.encoder(*encoder_input)
+    encoder_out = reranker.encoder(*inputs)
     order = torch.arange(len(finalized), device=tokens.device) // beam_size
     encoder_out = reranker.encoder.reorder_encoder_out(encoder_out, order)
     decoder_out = reranker.decoder(tokens[:, :-1], encoder_out=encoder_out)

@@ -168,7 +168,7 @@ class Translator:
     def pieces(self, tokens: Tensor) -> str:
         """Return output ids of shape [length] as space-joined subword pieces."""
         dictionary = self.task.target_dictionary
-        text: str = dictionary.string(tokens, extra_symbols_to_ignore=self._ignored_symbols)
+        text: str = dictionary.string(tokens.cpu(), extra_symbols_to_ignore=self._ignored_symbols)
         return text
 
     def decode(self, tokens: Tensor) -> str:

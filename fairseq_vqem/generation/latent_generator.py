@@ -135,7 +135,10 @@ class LatentGenerator(IterativeRefinementGenerator):
         latent: LatentHypothesis,
         encoder_outs: Sequence[Any],
     ) -> list[dict[str, Any]]:
-        """One hypothesis for each of the B·C code sequences, decoded in one batch."""
+        """One hypothesis for each of the B·C code sequences, decoded in one batch.
+
+        Their tensors are on the CPU, where they are printed, compared and cut.
+        """
         codes = without_empty_columns(latent.codes.flatten(0, 1))
         empty = codes[:, 0].lt(0)
         decodable = codes.clone()
@@ -147,6 +150,8 @@ class LatentGenerator(IterativeRefinementGenerator):
             students[0], log_probabilities, codes, encoder_outs[0], self.eos_penalty
         )
         lengths = torch.where(empty, 0, lengths)
+        # once, instead of many small operations of a GPU for each hypothesis
+        tokens, scores, codes = tokens.cpu(), scores.cpu(), codes.cpu()
         latent_scores = latent.scores.flatten().tolist()
         return [
             self.hypothesis(tokens[i, :n], scores[i, :n], latent_scores[i], codes[i])

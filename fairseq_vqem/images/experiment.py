@@ -13,6 +13,7 @@ import numpy as np
 from fairseq_vqem.benchmark.signature import software
 from fairseq_vqem.corpora.files import file_sha256, read_json, write_json
 from fairseq_vqem.errors import UserError
+from fairseq_vqem.generation.api import checked_device
 from fairseq_vqem.images import sampling
 from fairseq_vqem.images.codes import write_codes
 from fairseq_vqem.images.evaluate import Evaluation, evaluate, load_model, reconstruct
@@ -45,6 +46,9 @@ class Experiment:
     device: str
     given: Path | None = None
     downloads: Path | None = None
+
+    def __post_init__(self) -> None:
+        checked_device(self.device)  # fairseq-train would silently take the CPU
 
     @property
     def data(self) -> Path:
@@ -120,6 +124,7 @@ def evaluate_run(experiment: Experiment, system: str, seed: int) -> Evaluation:
     origin = {
         "checkpoint": file_sha256(checkpoint),
         "data": experiment.folder.checksum,
+        "device": experiment.device,
         "shown": count,
         **software(),
     }
@@ -188,6 +193,7 @@ def generate(experiment: Experiment, system: str, space: FeatureSpace) -> Genera
     origin = {
         "checkpoints": [file_sha256(autoencoder), file_sha256(checkpoint)],
         "options": [wanted.samples, wanted.temperature, wanted.feature_epochs],
+        "device": experiment.device,
         **software(),
     }
     kept = _kept(folder / MEASURES, origin)

@@ -117,7 +117,7 @@ def mean_of_words(hypothesis: dict[str, Any]) -> Tensor:
     choose an empty candidate. Without words there is no such mean: it is chosen last.
     """
     scores = hypothesis["positional_scores"][1:-1]
-    return scores.mean().cpu() if scores.numel() else torch.tensor(-math.inf)
+    return scores.float().mean().cpu() if scores.numel() else torch.tensor(-math.inf)
 
 
 def without_repeats(hypothesis: dict[str, Any]) -> dict[str, Any]:

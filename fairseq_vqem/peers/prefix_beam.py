@@ -42,10 +42,10 @@ class PrefixBeamGenerator(ParallelGenerator):
             )
             if self.own_scores:
                 best = zip(sentences, scores[:, 0].tolist(), strict=True)
-                found += [[self.hypothesis(beams[0], score, src_tokens)] for beams, score in best]
+                found += [[self.hypothesis(beams[0], score)] for beams, score in best]
                 continue
             candidates = [
-                [self.hypothesis(words, score, src_tokens)]
+                [self.hypothesis(words, score)]
                 for beams, each in zip(sentences, scores.tolist(), strict=True)
                 for words, score in zip(beams, each, strict=True)
             ]
@@ -58,17 +58,16 @@ class PrefixBeamGenerator(ParallelGenerator):
             found = [[without_repeats(best)] for (best,) in found]
         return found
 
-    def hypothesis(self, words: list[int], score: float, like: Tensor) -> dict[str, Any]:
-        """The record that fairseq's command line prints.
+    def hypothesis(self, words: list[int], score: float) -> dict[str, Any]:
+        """The record that fairseq's command line prints, on the CPU.
 
         Args:
             score: log-probability of the sentence. It has no parts: each token is given the same
                 share, so that the record's score, their mean as everywhere in fairseq, is that of
                 one token. Without a teacher the most probable sentence is chosen all the same.
-            like: its device is the record's.
         """
-        tokens = torch.tensor([self.bos, *words, self.eos], device=like.device)
-        shares = torch.full(tokens.shape, score / len(tokens), device=like.device)
+        tokens = torch.tensor([self.bos, *words, self.eos])
+        shares = torch.full(tokens.shape, score / len(tokens))
         record = {
             "steps": 0,
             "tokens": tokens,

@@ -14,16 +14,20 @@ from fairseq_vqem.corpora.files import file_sha256, read_json, write_json
 STAMP = ".made-from.json"
 
 
-def identity(checkpoints: str, options: Mapping[str, Any], task: str) -> dict[str, Any]:
-    """Changes when the checkpoints, the options, the code or the libraries of a system do.
+def identity(
+    checkpoints: str, options: Mapping[str, Any], task: str, device: str
+) -> dict[str, Any]:
+    """Changes when the checkpoints, options, device, code or libraries of a system do.
 
     Args:
         checkpoints: paths, joined by colons.
+        device: cpu or cuda.
     """
     return {
         "checkpoints": [file_sha256(Path(part)) for part in checkpoints.split(":")],
         "options": plain(options),
         "task": task,
+        "device": device,
         "code": code_checksum(),
         "libraries": {**library_versions(), **engine_versions([options])},
     }

@@ -28,6 +28,7 @@ from fairseq_vqem.corpora.files import (
 from fairseq_vqem.corpora.subwords import load_subwords
 from fairseq_vqem.corpora.teaching import Teaching
 from fairseq_vqem.errors import UserError
+from fairseq_vqem.generation.api import checked_device
 from fairseq_vqem.peers.alignments import alignment_prefix
 from fairseq_vqem.pipeline.kept import file_name, forget, identity, is_current, remember
 from fairseq_vqem.pipeline.recipe import Options, Recipe, flags
@@ -53,10 +54,11 @@ class System:
     """What it learned from: ``raw`` or ``distilled`` targets."""
     model: str
     """The teacher or the student that it decodes."""
+    device: str
 
     def identity(self) -> dict[str, Any]:
         """What its results were made from, see `kept.identity`."""
-        return identity(self.checkpoints, self.options, self.task)
+        return identity(self.checkpoints, self.options, self.task, self.device)
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Run:
     device: str
 
     def __post_init__(self) -> None:
+        checked_device(self.device)  # fairseq-train would silently take the CPU
         if ":" in str(self.out):
             raise UserError(f"--out {self.out} has a colon, which joins paths: choose another")
 
@@ -259,7 +262,9 @@ def _system(run: Run, model: str, options: Options) -> System:
     if options.get("rescore") == "teacher" or options.get("iter_decode_with_external_reranker"):
         checkpoints += f":{run.teacher}"
     data = "distilled" if learns_from_teacher(student) else "raw"
-    return System(checkpoints, student.get("task", VQEM_TASK), dict(options), data, model)
+    return System(
+        checkpoints, student.get("task", VQEM_TASK), dict(options), data, model, run.device
+    )
 
 
 def translate(run: Run, name: str) -> None:
@@ -313,7 +318,7 @@ def read_translations(run: Run, system: str) -> tuple[list[str], list[str], list
 def reconstruct_test(run: Run, name: str) -> list[str]:
     """The student's reconstructions of the test set from its posterior's codes."""
     path = run.translations(f"{name}-posterior")
-    made_from = identity(str(run.student(name)), {}, VQEM_TASK)
+    made_from = identity(str(run.student(name)), {}, VQEM_TASK, run.device)
     if not is_current(path, made_from):
         forget(path)
         hypotheses, _ = reconstruct(str(run.student(name)), run.data, "test", run.device)

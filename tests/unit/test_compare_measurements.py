@@ -28,7 +28,8 @@ def systems(tmp_path: Path) -> dict[str, System]:
     (tmp_path / "model.pt").write_bytes(b"weights")
     path = str(tmp_path / "model.pt")
     return {
-        name: System(path, "translation", {"beam": n}, "raw", name) for n, name in enumerate("ab")
+        name: System(path, "translation", {"beam": n}, "raw", name, "cpu")
+        for n, name in enumerate("ab")
     }
 
 

@@ -78,3 +78,9 @@ def test_attention_needs_no_plan_for_each_shape() -> None:
     torch.backends.cuda.enable_cudnn_sdp(True)
     compat.plan_no_attention()
     assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_convolutions_compute_in_the_precision_asked_for() -> None:
+    torch.backends.cudnn.allow_tf32 = True
+    compat.convolve_in_float32()
+    assert not torch.backends.cudnn.allow_tf32

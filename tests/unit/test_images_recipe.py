@@ -211,6 +211,7 @@ def test_a_prior_of_other_codes_is_refused(tmp_path: Path, change: str) -> None:
         "origin": {
             "checkpoints": [file_sha256(autoencoder), file_sha256(prior)],
             "options": [10_000, 1.0, 3],
+            "device": made.device,
             **software(),
         },
         "result": dict.fromkeys(Generated.__dataclass_fields__, 1.0),

@@ -28,7 +28,8 @@ def test_warm_up_fills_the_codebook_with_the_newest_rows(kind: str, dtype: torch
         assert set(range(max(0, seen - 5), seen)) <= set(kept.tolist())
         if seen < 5:
             assert torch.equal(kept[seen:], start.squeeze(1)[seen:])
-    assert bottleneck.embeddings.dtype == dtype and bottleneck.embeddings.requires_grad
+    # never rounded to the model's precision, as the statistics of moving averages are not
+    assert bottleneck.embeddings.dtype == torch.float32 and bottleneck.embeddings.requires_grad
 
 
 @pytest.mark.parametrize("kind", PARAMETER_KINDS)

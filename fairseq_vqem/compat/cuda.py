@@ -1,4 +1,4 @@
-"""Which implementation of attention torch takes."""
+"""Which of CUDA's implementations torch takes."""
 
 import torch
 
@@ -12,3 +12,11 @@ def plan_no_attention() -> None:
     long inputs of one shape cuDNN's would be the faster one.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def convolve_in_float32() -> None:
+    """torch computes matrix products in float32, but convolutions in TF32, with three digits.
+
+    A sentence's codes would then depend on the algorithm that cuDNN takes for its batch's shape.
+    """
+    torch.backends.cudnn.allow_tf32 = False
