@@ -1,14 +1,17 @@
-"""What a machine without a GPU is told, and when."""
+"""Devices and their precisions: what a machine without a GPU is told, what is kept apart."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.images.experiment import Experiment
+from fairseq_vqem.peers.generator import mean_of_words
 from fairseq_vqem.pipeline.kept import identity
 from fairseq_vqem.pipeline.recipe import Recipe
 from fairseq_vqem.pipeline.stages import Run
@@ -28,3 +31,13 @@ def test_results_of_another_device_are_made_again(tmp_path: Path) -> None:
     checkpoint.write_bytes(b"weights")
     cpu, cuda = (identity(str(checkpoint), {}, "translation", each) for each in ("cpu", "cuda"))
     assert cpu != cuda and identity(str(checkpoint), {}, "translation", "cpu") == cpu
+
+
+def test_own_scores_of_half_precision_can_be_compared() -> None:
+    """fairseq picks the best candidate by numpy, which knows no bfloat16."""
+    rows = [[0.0, -2.0, -3.0, 0.0], [0.0, -1.0, -1.0, 0.0], [0.0, 0.0]]
+    scores = [
+        mean_of_words({"positional_scores": torch.tensor(row, dtype=torch.bfloat16)})
+        for row in rows
+    ]
+    assert np.argmax(scores) == 1 and scores[2] == -math.inf
