@@ -2,7 +2,7 @@
 
 One thread per process, since the matrices of beam search are too small to share: on two idle cores
 two processes were a fifth faster than two threads; on busy ones, threads lost most of their speed.
-On a GPU one process waits for its own Python more than for the device, so several are faster too.
+Several may share a GPU, which one process leaves idle while Python prepares the next step.
 """
 
 from __future__ import annotations
