@@ -66,12 +66,17 @@ class LatentDictionary(Dictionary):
 class LatentPredictor(TransformerDecoderBase):
     """The learned prior: an autoregressive Transformer over codes that attends to the source."""
 
+    impossible: Tensor
+
     def __init__(self, cfg: TransformerConfig, dictionary: LatentDictionary) -> None:
         dimension = cfg.decoder.embed_dim
         embeddings = nn.Embedding(len(dictionary), dimension, padding_idx=dictionary.pad())
         nn.init.normal_(embeddings.weight, std=dimension**-0.5)
         nn.init.zeros_(embeddings.weight[dictionary.pad()])
         super().__init__(cfg, dictionary, embeddings)
+        # held ready: a GPU would wait for the copy in every step of the search
+        special = torch.tensor([dictionary.bos(), dictionary.pad(), dictionary.unk()])
+        self.register_buffer("impossible", special, persistent=False)
 
     def train(self, mode: bool = True) -> LatentPredictor:
         """As torch; training drops the fused projections of `CachedPredictor`.
@@ -89,11 +94,7 @@ class LatentPredictor(TransformerDecoderBase):
     def output_layer(self, features: Tensor) -> Tensor:
         """Logits over codes and the end symbol; the other special symbols are impossible."""
         logits = super().output_layer(features)
-        impossible = torch.tensor(
-            [self.dictionary.bos(), self.dictionary.pad(), self.dictionary.unk()],
-            device=logits.device,
-        )
-        return logits.index_fill(-1, impossible, torch.finfo(logits.dtype).min / 4)
+        return logits.index_fill(-1, self.impossible, torch.finfo(logits.dtype).min / 4)
 
 
 class ParallelDecoder(TransformerDecoderBase):
