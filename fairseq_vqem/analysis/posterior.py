@@ -11,7 +11,7 @@ import torch
 from fairseq import checkpoint_utils, utils
 
 from fairseq_vqem.benchmark.scoring import score
-from fairseq_vqem.benchmark.splits import read_split
+from fairseq_vqem.benchmark.splits import languages, read_text
 from fairseq_vqem.corpora.files import write_lines
 from fairseq_vqem.corpora.subwords import load_subwords
 from fairseq_vqem.errors import UserError
@@ -56,7 +56,7 @@ def reconstruct(
         UserError: the checkpoint is not a ``vqem_transformer``.
     """
     subwords = load_subwords(data)
-    references = read_split(data, split)[1]
+    references = read_text(data, split, languages(data)[1])
     texts: dict[int, str] = {}
     for task, model, sample in posterior_batches(checkpoint, data, split, device):
         for number, tokens in zip(

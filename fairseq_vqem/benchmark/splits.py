@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fairseq_vqem.corpora.binarise import MANIFEST
-from fairseq_vqem.corpora.files import count_and_checksum, read_json, read_lines
+from fairseq_vqem.corpora.files import is_unchanged, read_json, read_lines
 from fairseq_vqem.corpora.subwords import load_subwords
 from fairseq_vqem.errors import UserError
 
@@ -74,6 +74,6 @@ def original_text(data: Path, split: str, language: str) -> Path | None:
     recorded = read_json(data / MANIFEST).get("splits", {}).get(split, {}).get("sha256", {})
     for folder in ORIGINALS:
         path = data.resolve().parent / folder / f"{split}.{language}"
-        if path.is_file() and count_and_checksum(path)[1] == recorded.get(language):
+        if is_unchanged(path, recorded.get(language)):
             return path
     return None

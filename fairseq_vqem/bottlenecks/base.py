@@ -121,6 +121,8 @@ class Bottleneck(nn.Module):
         straight_through: whether the gradient of its latents is that of its input.
         has_codebook_care: whether it follows ``--codebook-init``, ``--dead-code-threshold`` and
             ``--cluster-prior``.
+        reads: the options of its own kind that it reads, so that a training can refuse the others'
+            (`VQEMTransformerConfig`); None, for a class of another package: not known.
         takes_prior: whether it has ``modes`` and its ``forward`` takes a ``log_prior`` ``[N, K]``
             (--predictor-prior).
     """
@@ -130,6 +132,7 @@ class Bottleneck(nn.Module):
     straight_through = True
     has_codebook_care = False
     takes_prior = False
+    reads: tuple[str, ...] | None = None
 
     def __init__(self, options: BottleneckOptions) -> None:
         super().__init__()

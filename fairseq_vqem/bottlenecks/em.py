@@ -48,6 +48,7 @@ class EMBottleneck(Bottleneck):
 
     has_codebook_care = True
     takes_prior = True
+    reads = ("codebook_update",)
 
     def __init__(self, options: BottleneckOptions) -> None:
         super().__init__(options)
@@ -168,6 +169,8 @@ class HardEM(EMBottleneck):
 @register_bottleneck("soft-em")
 class SoftEM(EMBottleneck):
     """m samples from softmax(-‖e_j - x‖²/τ); the decoder receives their mean (Eq. 12)."""
+
+    reads = ("em_samples", "codebook_update")
 
     def expectation(
         self, rows: Tensor, penalties: Tensor | None

@@ -56,6 +56,8 @@ class GaussianMixtureVQ(ParameterCodebook):
         UserError: a schedule is none or leaves its bounds, see ``RelaxedChoice``.
     """
 
+    reads = ("gumbel_temperature", "gumbel_noise", "gm_gamma", "gm_beta")
+
     straight_through = False
 
     def __init__(self, options: BottleneckOptions) -> None:

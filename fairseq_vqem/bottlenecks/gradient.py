@@ -29,6 +29,8 @@ class GradientVQ(ParameterCodebook):
     code j. The η of the paper is one for all codes, that is, each row weighted by D / (2 n_z).
     """
 
+    reads = ()
+
     def forward(self, vectors: Tensor) -> BottleneckOutput:
         """Discretise ``vectors`` ``[N, D]``; evaluation gives what training gives."""
         rows = float32_rows(vectors)

@@ -68,6 +68,8 @@ class Gumbel(Bottleneck):
         UserError: a schedule is none or leaves its bounds, see ``RelaxedChoice``.
     """
 
+    reads = ("gumbel_temperature", "gumbel_noise")
+
     straight_through = False
 
     def __init__(self, options: BottleneckOptions) -> None:

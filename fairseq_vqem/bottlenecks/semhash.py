@@ -42,6 +42,8 @@ class SemHash(Bottleneck):
         UserError: K is no power of two, or ``--semhash-discrete`` no schedule within [0, 1].
     """
 
+    reads = ("semhash_discrete",)
+
     splittable = False
     straight_through = False
 

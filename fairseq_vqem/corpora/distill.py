@@ -106,7 +106,7 @@ def distill(teaching: Teaching, text: Path | None = None) -> DistillReport:
 
 
 def _bleu(targets: Sequence[str], references: Sequence[str]) -> float:
-    step = -(-len(references) // SCORED)
+    step = max(1, -(-len(references) // SCORED))
     return score(targets[::step], references[::step], bootstrap=0).bleu
 
 

@@ -108,3 +108,8 @@ def count_and_checksum(path: Path) -> tuple[int, str]:
         digest.update(line.encode("utf-8") + b"\n")
         count += 1
     return count, digest.hexdigest()
+
+
+def is_unchanged(path: Path, checksum: str | None) -> bool:
+    """Whether the text file is there and has the ``checksum`` that `count_and_checksum` gave."""
+    return path.is_file() and count_and_checksum(path)[1] == checksum

@@ -11,7 +11,7 @@ from fairseq.models.transformer.transformer_config import DecoderConfig, EncDecB
 from omegaconf import OmegaConf, open_dict
 
 from fairseq_vqem.bottlenecks import BottleneckOptions
-from fairseq_vqem.bottlenecks.base import BOTTLENECKS, CHOICES, find_bottleneck
+from fairseq_vqem.bottlenecks.base import BOTTLENECKS, CHOICES, Bottleneck, find_bottleneck
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.modules.convolutions import EXPANDER_KINDS, RESIDUAL_PLACEMENTS
 from fairseq_vqem.schedules import parse_schedule
@@ -20,16 +20,6 @@ LATENT_LENGTHS = ("end", "source")
 CODE_STREAMS = ("auto", "joint", "factorised")
 OUTPUTS = ("positions", "ctc")
 LARGEST_JOINT_CODEBOOK = 2**16
-READERS = {
-    "em_samples": ("soft-em",),
-    "codebook_update": ("soft-em", "hard-em"),
-    "gumbel_temperature": ("gumbel", "gm-vq"),
-    "gumbel_noise": ("gumbel", "gm-vq"),
-    "semhash_discrete": ("semhash",),
-    "gm_gamma": ("gm-vq",),
-    "gm_beta": ("gm-vq",),
-}
-"""Options that some of the own bottlenecks read, and which."""
 
 
 def option(default: Any, text: str) -> Any:
@@ -200,7 +190,20 @@ def add_missing_options(cfg: Any) -> None:
                 setattr(cfg, each.name, each.default)
 
 
-DEFAULTS = {each.name: each.default for each in fields(BottleneckOptions)}
+def _check_read(cfg: Any, kind: type[Bottleneck], name: str) -> None:
+    """Refuse what other bottlenecks read and this one does not."""
+    if kind.reads is None:
+        return
+    for each in fields(BottleneckOptions):
+        readers = [
+            other for other, known in BOTTLENECKS.items() if each.name in (known.reads or ())
+        ]
+        value = str(getattr(cfg, each.name, each.default))
+        if readers and each.name not in kind.reads and value != str(each.default):
+            raise UserError(
+                f"--{each.name.replace('_', '-')} {value} changes nothing with --bottleneck"
+                f" {name}: it is for {' and '.join(readers)}"
+            )
 
 
 def factorises(cfg: VQEMTransformerConfig) -> bool:
@@ -226,13 +229,7 @@ def check_effective(cfg: Any) -> None:
             "--code-stream factorised writes one symbol per codebook, but there is only one: leave"
             " it out"
         )
-    for option_name, readers in READERS.items():
-        value = str(getattr(cfg, option_name))
-        if name in set(BOTTLENECKS) - {*readers} and value != str(DEFAULTS[option_name]):
-            raise UserError(
-                f"--{option_name.replace('_', '-')} {value} changes nothing with --bottleneck"
-                f" {name}: it is for {' and '.join(readers)}"
-            )
+    _check_read(cfg, kind, name)
     learned = str(cfg.cluster_prior) == "learned"
     if learned and not kind.has_codebook_care:
         raise UserError(

@@ -76,11 +76,11 @@ def test_workers_end_with_their_epoch() -> None:
 
 def test_attention_needs_no_plan_for_each_shape() -> None:
     torch.backends.cuda.enable_cudnn_sdp(True)
-    compat.plan_no_attention()
+    compat.apply()
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_convolutions_compute_in_the_precision_asked_for() -> None:
     torch.backends.cudnn.allow_tf32 = True
-    compat.convolve_in_float32()
+    compat.apply()
     assert not torch.backends.cudnn.allow_tf32

@@ -10,6 +10,7 @@ from test_api import MAX_POSITIONS, PAIRS, SPLITS, make_data, make_teacher
 
 from fairseq_vqem.benchmark.signature import read_result
 from fairseq_vqem.benchmark.splits import read_split
+from fairseq_vqem.corpora import distill as distill_module
 from fairseq_vqem.corpora import teaching as teaching_module
 from fairseq_vqem.corpora.distill import check_plan, distill
 from fairseq_vqem.corpora.files import read_json, read_lines, write_json, write_lines
@@ -145,6 +146,14 @@ def test_lost_and_repeated_sentences_are_detected(whole: Teaching, tmp_path: Pat
     write_lines(copy.shard_file(1), [*lines, lines[0]])
     with pytest.raises(UserError, match="in two shards"):
         merged_shards(copy, len(PAIRS))
+
+
+def test_a_large_split_is_scored_by_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    targets = ["the cat sees the dog"] * 5
+    references = [targets[0], "x", targets[0], "x", targets[0]]
+    assert distill_module._bleu(targets, references) < 90
+    monkeypatch.setattr(distill_module, "SCORED", 3)
+    assert distill_module._bleu(targets, references) == pytest.approx(100)
 
 
 def test_half_precision_is_part_of_the_plan(whole: Teaching, tmp_path: Path) -> None:

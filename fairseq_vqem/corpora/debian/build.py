@@ -20,6 +20,7 @@ from fairseq_vqem.corpora.debian.packages import (
 from fairseq_vqem.corpora.files import (
     count_and_checksum,
     file_sha256,
+    is_unchanged,
     read_json,
     read_lines,
     write_json,
@@ -124,8 +125,7 @@ def _built_before(out_dir: Path, request: Mapping[str, Any]) -> dict[str, Any] |
         return None
     for split, content in manifest["splits"].items():
         for suffix, checksum in content["sha256"].items():
-            text = out_dir / f"{split}.{suffix}"
-            if not text.is_file() or count_and_checksum(text)[1] != checksum:
+            if not is_unchanged(out_dir / f"{split}.{suffix}", checksum):
                 return None
     print(f"{out_dir}: finished before")
     return manifest
