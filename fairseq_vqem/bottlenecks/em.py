@@ -48,7 +48,7 @@ class EMBottleneck(Bottleneck):
 
     has_codebook_care = True
     takes_prior = True
-    reads = ("codebook_update",)
+    reads: tuple[str, ...] | None = ("codebook_update",)
 
     def __init__(self, options: BottleneckOptions) -> None:
         super().__init__(options)
