@@ -12,7 +12,7 @@ from fairseq_vqem.benchmark.signature import code_checksum
 from fairseq_vqem.benchmark.splits import languages
 from fairseq_vqem.benchmark.tables import render_table
 from fairseq_vqem.compare.fairness import check_no_leak, check_same_outputs
-from fairseq_vqem.compare.further import write_further_tables
+from fairseq_vqem.compare.further import curves, write_further_tables
 from fairseq_vqem.compare.measurements import time_rows, translate_rows
 from fairseq_vqem.compare.page import write_page
 from fairseq_vqem.compare.report import Findings, report_folder, write_comparison
@@ -91,7 +91,10 @@ def compare(run: stages.Run, settings: Settings) -> str:
     write_columns(folder / HYPOTHESES, texts)
     page = folder / "compare.html"
     further = write_further_tables(findings, result["signature"]["sacrebleu"])
-    write_page(page, table, further, result, seconds, timings["source_tokens"], texts)
+    write_page(
+        *(page, table, further, result, seconds, timings["source_tokens"], texts),
+        trainings=curves(run),
+    )
     tables = [table, *further.values()]
     text = "\n\n".join(render_table(each, result["signature"]) for each in tables)
     with replacing(folder / "compare.md") as temporary:

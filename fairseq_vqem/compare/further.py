@@ -1,8 +1,9 @@
-"""Tables beside the comparison: tested pairs, groups of seeds, what the codes are like."""
+"""Tables beside the comparison: tested pairs, groups of seeds, codes, curves of the trainings."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from fairseq_vqem.benchmark.scoring import SEED, paired_bootstrap, score
 from fairseq_vqem.benchmark.signature import make_signature
@@ -14,13 +15,16 @@ from fairseq_vqem.benchmark.tables import (
     write_table,
 )
 from fairseq_vqem.compare.report import Findings, p_text, students_with_latents
-from fairseq_vqem.pipeline.report import used_validation
+from fairseq_vqem.pipeline.recipe import START
+from fairseq_vqem.pipeline.report import used_validation, validation_curve
+from fairseq_vqem.pipeline.stages import TEACHER, Run
 
-PAIRS, GROUPS, LATENTS = "pairs", "groups", "latents"
+PAIRS, GROUPS, LATENTS, CURVES = "pairs", "groups", "latents", "curves"
 TITLES = {
     PAIRS: "Differences between systems, paired bootstrap",
     GROUPS: "Groups of systems, mean ± standard deviation",
     LATENTS: "Codes on the validation set, at the checkpoint that is used",
+    CURVES: "Validation BLEU during training",
 }
 PAIR_COLUMNS = ("Against", "BLEU", "p (BLEU)", "chrF", "p (chrF)")
 GROUP_COLUMNS = ("Systems", "BLEU", "chrF", "Length", "Validation BLEU", "Posterior BLEU")
@@ -33,13 +37,15 @@ LATENT_COLUMNS = {
     "Latent accuracy": "valid_latent_accuracy",
     "Update": "valid_num_updates",
 }
+CURVE_COLUMNS = ("Updates", "Validated at", "BLEU")
 BLEUS = (LATENT_COLUMNS["BLEU"], LATENT_COLUMNS["Posterior BLEU"])
 
 
 def write_further_tables(
     findings: Findings, sacrebleu: Mapping[str, str]
 ) -> dict[str, ResultTable]:
-    """Write ``pairs.json``, ``groups.json`` and ``latents.json``, signed, where they have rows.
+    """Write ``pairs.json``, ``groups.json``, ``latents.json`` and ``curves.json``, signed, where
+    they have rows.
 
     A file of an earlier recipe that had some is removed.
 
@@ -55,6 +61,7 @@ def write_further_tables(
         (PAIRS, pair_rows(findings), PAIR_COLUMNS),
         (GROUPS, group_rows(findings), GROUP_COLUMNS),
         (LATENTS, latent_rows(findings), tuple(LATENT_COLUMNS)),
+        (CURVES, curve_rows(run), CURVE_COLUMNS),
     ):
         path = findings.folder / f"{name}.json"
         if not rows:
@@ -122,4 +129,38 @@ def latent_rows(findings: Findings) -> list[ResultRow]:
         values = used_validation(findings.run.student(name))
         cells = {title: str(values.get(key, MISSING)) for title, key in LATENT_COLUMNS.items()}
         rows.append(ResultRow(name, extra=cells))
+    return rows
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Validations of a training: BLEU by update, and how many updates its start had before."""
+
+    before: int
+    bleu: Mapping[int, float]
+
+
+def curves(run: Run) -> dict[str, Curve]:
+    """How the training of each model that validates by BLEU went."""
+    found: dict[str, Curve] = {}
+    for name in dict.fromkeys([TEACHER, *run.recipe.students]):
+        start = found.get(str(run.recipe.students.get(name, {}).get(START)))
+        before = start.before + max(start.bleu) if start else 0
+        bleu = validation_curve(run.out / name)
+        if bleu:
+            found[name] = Curve(before, bleu)
+    return found
+
+
+def curve_rows(run: Run) -> list[ResultRow]:
+    """The curve of each training, from which one sees whether it has ended."""
+    rows = []
+    for name, curve in curves(run).items():
+        updates = [*([curve.before] if curve.before else []), max(curve.bleu)]
+        cells = (
+            " + ".join(map(str, updates)),
+            " ".join(map(str, curve.bleu)),
+            " ".join(f"{bleu:.1f}" for bleu in curve.bleu.values()),
+        )
+        rows.append(ResultRow(name, extra=dict(zip(CURVE_COLUMNS, cells, strict=True))))
     return rows

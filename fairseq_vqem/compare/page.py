@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from fairseq_vqem.benchmark.tables import ResultTable, table_cells
+from fairseq_vqem.compare.further import Curve
 from fairseq_vqem.corpora.files import replacing
 
 STYLE = """
@@ -32,6 +33,7 @@ def write_page(
     seconds: Mapping[str, np.ndarray],
     source_tokens: Sequence[int],
     texts: Mapping[str, Sequence[str]],
+    trainings: Mapping[str, Curve],
 ) -> None:
     """Write the page.
 
@@ -42,6 +44,7 @@ def write_page(
         seconds: timings by system, [repeats, sentences].
         source_tokens: subwords of each timed sentence.
         texts: ``source``, ``reference`` and each system's translations, of the whole test set.
+        trainings: their validations, by model.
     """
     plots = [
         ("Quality against latency", lambda axes: _quality(axes, table, result["models"])),
@@ -49,6 +52,8 @@ def write_page(
     ]
     if result["code_counts"]:
         plots.append(("Codebook usage", lambda axes: _usage(axes, result["code_counts"])))
+    if trainings:
+        plots.append(("Validation during training", lambda axes: _curves(axes, trainings)))
     title = f"Comparison: {html.escape(table.name)}"
     parts = [f"<h1>{title}</h1>", f'<div class="scroll">{_table(table)}</div>']
     reference = html.escape(result["paired_bootstrap"]["against"])
@@ -138,6 +143,15 @@ def _usage(axes: Any, counts: Mapping[str, Sequence[int]]) -> None:
     axes.set_xlabel("codes, the commonest first")
     axes.set_ylabel("share of the latents of the test set")
     axes.legend(fontsize=8)
+
+
+def _curves(axes: Any, trainings: Mapping[str, Curve]) -> None:
+    for name, curve in trainings.items():
+        updates = [curve.before + update for update in curve.bleu]
+        axes.plot(updates, list(curve.bleu.values()), marker=".", linewidth=1, label=name)
+    axes.set_xlabel("updates, those of the model that it goes on from included")
+    axes.set_ylabel("BLEU on the validation set")
+    axes.legend(fontsize=6, ncols=2)
 
 
 def _examples(texts: Mapping[str, Sequence[str]]) -> str:

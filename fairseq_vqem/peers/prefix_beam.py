@@ -84,7 +84,7 @@ class PrefixBeamGenerator(ParallelGenerator):
 @torch.no_grad()
 def search_frames(
     model: CTCNAT, encoder_out: Any, width: int, penalty: float
-) -> tuple[list[list[list[int]]], Any]:
+) -> tuple[list[list[list[int]]], Tensor]:
     """`likeliest_sentences` of ``model``: ``width`` for each sentence, and their scores ``[B, W]``.
 
     Args:
@@ -94,8 +94,9 @@ def search_frames(
     blanks = log_probabilities[..., model.blank].clone()
     log_probabilities[..., model.blank] = float("-inf")
     scores, symbols = log_probabilities.topk(min(SYMBOLS_PER_FRAME, log_probabilities.size(2)), -1)
-    return likeliest_sentences(
-        *(blanks.cpu().numpy(), symbols.cpu().numpy(), scores.cpu().numpy()),
-        frames=frames.sum(1).cpu().numpy(),
-        width=width,
-    )
+    arrays = [each.cpu().numpy() for each in (blanks, symbols, scores)]
+    found = [
+        likeliest_sentences(blank[:count], words[:count], each[:count], width)
+        for blank, words, each, count in zip(*arrays, frames.sum(1).tolist(), strict=True)
+    ]
+    return [sentences for sentences, _ in found], torch.tensor([totals for _, totals in found])

@@ -13,6 +13,7 @@ from fairseq_vqem.errors import UserError
 
 Options = dict[str, Any]
 EXTENDS, SCALE = "extends", "{scale}"
+START = "from_student"
 FORBIDDEN = {"students": ":/\\=", "variants": "="}  # folders, and both go into NAME=VALUE
 REQUIRED = ("name", "prepare", "common", "teacher", "students")
 
@@ -33,8 +34,8 @@ class Recipe:
         latent_student: fairseq-train options of every student with latents.
         students: for each student by name, its fairseq-train options, and among them
             ``distilled`` (true: distilled targets), ``from_teacher`` (true: ``--init-from``),
-            ``from_student`` (name of a student before it, whose model it goes on with) and
-            ``generate`` (options of decoding).
+            ``from_student`` (name of a student before it, whose model it goes on with, and whose
+            options it has but for its own) and ``generate`` (options of decoding).
         decode: fairseq-generate options of the teacher's beam search.
         variants: further ways to decode, by name: a ``student`` (or ``teacher``) and generation
             options, laid over the student's own; ``engine`` among them chooses another engine.
@@ -86,7 +87,20 @@ def read_recipe(path: Path, scale: str = "cpu") -> Recipe:
                 raise UserError(
                     f"{path}: {name!r} among the {key} must be without any of {forbidden}"
                 )
-    return Recipe(**content)
+    return Recipe(**{**content, "students": _with_inherited(path, content["students"])})
+
+
+def _with_inherited(path: Path, students: Mapping[str, Options]) -> dict[str, Options]:
+    """Students with the options of those that they go on from."""
+    found: dict[str, Options] = {}
+    for name, options in students.items():
+        start = options.get(START)
+        if start is not None and start not in found:
+            why = "put that student before it" if start in students else "which is no student"
+            raise UserError(f"{path}: {name!r} goes on from {start!r}: {why}")
+        inherited = {} if start is None else {**found[start], "from_teacher": False}
+        found[name] = {**inherited, **options}  # null hides what all students have in common
+    return found
 
 
 def _read_layers(path: Path, scale: str, above: tuple[Path, ...]) -> Options:

@@ -152,6 +152,15 @@ def used_validation(checkpoint: Path) -> dict[str, Any]:
     return found
 
 
+def validation_curve(folder: Path) -> dict[int, float]:
+    """BLEU of each validation of a training, by update; empty where none was measured."""
+    return {
+        int(float(values["valid_num_updates"])): float(values["valid_bleu"])
+        for kind, values in read_log(folder / LOG)
+        if kind == "valid" and "valid_bleu" in values
+    }
+
+
 def examples(
     sources: list[str],
     references: list[str],

@@ -31,7 +31,7 @@ from fairseq_vqem.errors import UserError
 from fairseq_vqem.generation.api import checked_device
 from fairseq_vqem.peers.alignments import alignment_prefix
 from fairseq_vqem.pipeline.kept import file_name, forget, identity, is_current, remember
-from fairseq_vqem.pipeline.recipe import Options, Recipe, flags
+from fairseq_vqem.pipeline.recipe import START, Options, Recipe, flags
 from fairseq_vqem.pipeline.training import train
 from fairseq_vqem.tasks.translation_vqem import TranslationVQEMConfig
 
@@ -180,8 +180,10 @@ def train_student(run: Run, name: str) -> None:
     if options.pop("from_teacher", False):
         options["init_from"] = str(run.teacher)
         origin["teacher"] = file_sha256(run.teacher)
-    if start := options.pop("from_student", None):
-        options["finetune_from_model"] = str(_trained(run, name, start))
+    if start := options.pop(START, None):
+        if not run.student(start).is_file():
+            raise UserError(f"{name!r} goes on from {start!r}, which has not been trained")
+        options["finetune_from_model"] = str(run.student(start))
         origin["student"] = file_sha256(run.student(start))
     if options.get("load_alignments"):
         align(run, data)
@@ -198,15 +200,6 @@ def _validation_options(decoding: Options) -> Options:
         for name, value in decoding.items()
         if name in known and (name, value) != ("rescore", "teacher")
     }
-
-
-def _trained(run: Run, name: str, start: str) -> Path:
-    """The checkpoint of the student ``start``, from which ``name`` goes on."""
-    if start not in run.recipe.students:
-        raise UserError(f"{name!r} goes on from {start!r}, which is no student")
-    if not run.student(start).is_file():
-        raise UserError(f"{name!r} goes on from {start!r}: put that student before it")
-    return run.student(start)
 
 
 def _origin(data: Path) -> dict[str, str]:

@@ -71,13 +71,28 @@ def _check_same_training(
         return
     recorded = read_json(sources) if sources.is_file() else None
     for what, same in (
-        ("with other options", read_json(options) == list(words)),
+        ("with other options", by_flag(read_json(options)) == by_flag(words)),
         ("on other data", recorded == (None if origin is None else dict(origin))),
     ):
         if not same:
             raise UserError(
                 f"{folder} holds a training {what}: delete the folder or choose another --out"
             )
+
+
+def by_flag(words: Sequence[str]) -> dict[str, list[str]]:
+    """The values of each flag, whose order says nothing; of a flag given twice the last ones.
+
+    Words before the first flag are those of the empty one.
+    """
+    found: dict[str, list[str]] = {}
+    values = found.setdefault("", [])
+    for word in words:
+        if word.startswith("--"):
+            values = found[word] = []
+        else:
+            values.append(word)
+    return found
 
 
 def run_logged(

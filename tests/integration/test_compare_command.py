@@ -126,7 +126,7 @@ def test_the_report_has_every_row_with_all_its_numbers(compared: Path) -> None:
     assert str(compared) not in (report_of(compared) / "compare.json").read_text("utf-8")
     assert (report_of(compared) / "compare.md").is_file()
     page = (report_of(compared) / "compare.html").read_text("utf-8")
-    assert all(name in page for name in ROWS) and page.count("<svg") == 3
+    assert all(name in page for name in ROWS) and page.count("<svg") == 4
 
 
 def test_pairs_are_tested_in_both_directions(compared: Path) -> None:
@@ -166,6 +166,19 @@ def test_the_codes_of_the_checkpoint_used_are_reported(compared: Path) -> None:
     updates = checkpoint["optimizer_history"][-1]["num_updates"]
     assert float(row.extra["Update"]) == updates
     assert float(row.extra["BLEU"]) == pytest.approx(checkpoint["extra_state"]["best"], abs=0.01)
+
+
+def test_the_curve_of_each_training_is_reported(compared: Path) -> None:
+    table, _ = read_table(report_of(compared) / "curves.json")
+    found = {row.system: row.extra for row in table.rows}
+    assert {"teacher", "AR", "vqem"} <= set(found)
+    teacher = found["teacher"] or {}
+    assert teacher["Updates"] == str(TINY["max_update"])
+    checkpoint = compared / "out" / "teacher" / "checkpoint_best.pt"
+    best = torch.load(checkpoint, weights_only=False)["extra_state"]["best"]
+    bleus = [float(bleu) for bleu in str(teacher["BLEU"]).split()]
+    assert max(bleus) == pytest.approx(best, abs=0.06)
+    assert len(bleus) == len(str(teacher["Validated at"]).split())
 
 
 def test_the_translations_can_be_scored_again(compared: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +13,15 @@ import pytest
 
 from fairseq_vqem.benchmark.tables import ResultRow, ResultTable
 from fairseq_vqem.compare.fairness import check_complete, check_no_leak, check_same_outputs
+from fairseq_vqem.compare.further import Curve, curve_rows
 from fairseq_vqem.compare.page import write_page
 from fairseq_vqem.compare.settings import read_settings
 from fairseq_vqem.corpora.files import write_lines
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.pipeline.kept import file_name
-from fairseq_vqem.pipeline.recipe import Recipe
-from fairseq_vqem.pipeline.stages import TEACHER_BEAM, TEACHER_GREEDY
+from fairseq_vqem.pipeline.recipe import Options, Recipe
+from fairseq_vqem.pipeline.stages import TEACHER_BEAM, TEACHER_GREEDY, Run
+from fairseq_vqem.pipeline.training import LOG
 
 NAMES = (TEACHER_BEAM, TEACHER_GREEDY, "student")
 
@@ -114,6 +117,37 @@ def test_file_names_are_plain() -> None:
     assert file_name("teacher, beam 4 (int8)") == "teacher-beam-4-int8"
 
 
+def test_curves_count_the_updates_of_the_start(tmp_path: Path) -> None:
+    students: dict[str, Options] = {
+        "a": {},
+        "b": {"from_student": "a"},
+        "c": {"from_student": "b"},
+        "silent": {},
+        "d": {"from_student": "silent"},
+    }
+    logged = {
+        "teacher": [(5, "1.04"), (10, "2")],
+        # interrupted after the sixth update and started again from the fourth
+        **{"a": [(2, "1"), (4, "2"), (6, "9"), (6, "3.5"), (8, "4")], "b": [(3, "5")]},
+        **{"c": [(7, "6.25")], "silent": [(2, None)], "d": [(1, "1")]},
+    }
+    for name, validations in logged.items():
+        (tmp_path / name).mkdir()
+        lines = []
+        for update, bleu in validations:
+            score = {} if bleu is None else {"valid_bleu": bleu}
+            values = json.dumps({"valid_num_updates": str(update), **score})
+            lines.append(f"2026 | INFO | valid | {values}\n")
+        (tmp_path / name / LOG).write_text("".join(lines))
+    run = Run(Recipe("x", {}, {}, {}, students), tmp_path, "cpu")
+    found = {row.system: row.extra for row in curve_rows(run)}
+    assert list(found) == ["teacher", "a", "b", "c", "d"]
+    assert found["a"] == {"Updates": "8", "Validated at": "2 4 6 8", "BLEU": "1.0 2.0 3.5 4.0"}
+    assert found["b"] == {"Updates": "8 + 3", "Validated at": "3", "BLEU": "5.0"}
+    assert found["c"] == {"Updates": "11 + 7", "Validated at": "7", "BLEU": "6.2"}
+    assert found["teacher"]["BLEU"] == "1.0 2.0" and found["d"]["Updates"] == "1"
+
+
 def test_page_needs_nothing_else(tmp_path: Path) -> None:
     rows = [
         ResultRow("a <b>", bleu=20.0, bleu_ci=1.0, latency_median_ms=40.0, extra={"p": "0.5"}),
@@ -131,9 +165,11 @@ def test_page_needs_nothing_else(tmp_path: Path) -> None:
     seconds = {row.system: np.full((2, 3), 0.01) for row in rows}
     texts = {name: ["one", "two & three", "four"] for name in ("source", "reference", "nat")}
     further = {"Pairs & more": pairs}
-    write_page(tmp_path / "page.html", table, further, result, seconds, [3, 3, 9], texts)
+    trainings = {"a <b>": Curve(0, {5: 1.0, 10: 7.0}), "nat": Curve(10, {5: 8.0})}
+    given = (table, further, result, seconds, [3, 3, 9], texts)
+    write_page(tmp_path / "page.html", *given, trainings)
     page = (tmp_path / "page.html").read_text("utf-8")
     assert "+0.25" in page and "<h2>Pairs &amp; more</h2>" in page
-    assert page.count("<svg") == 3 and "a &lt;b&gt;" in page and "two &amp; three" in page
+    assert page.count("<svg") == 4 and "a &lt;b&gt;" in page and "two &amp; three" in page
     assert not re.search(r"(src|href)=\"http|<script|@import|url\(http", page)
     assert list(tmp_path.iterdir()) == [tmp_path / "page.html"]

@@ -17,7 +17,15 @@ from fairseq_vqem.compare.report import training_memory
 from fairseq_vqem.corpora.files import read_json, write_json
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.pipeline.report import training_summary, used_validation
-from fairseq_vqem.pipeline.training import FINISHED, LOG, MEMORY, run_logged, train
+from fairseq_vqem.pipeline.training import (
+    FINISHED,
+    LOG,
+    MEMORY,
+    OPTIONS,
+    by_flag,
+    run_logged,
+    train,
+)
 
 WORDS = ["data", "--seed", "1"]
 
@@ -53,6 +61,30 @@ def test_a_training_with_other_options_is_refused(tmp_path: Path) -> None:
     finished(tmp_path, data="abc")
     with pytest.raises(UserError, match="with other options"):
         train(tmp_path, WORDS, "a run", 11, {"data": "abc"})
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "same"),
+    [
+        (["--lr", "1", "--cpu"], ["--cpu", "--lr", "1"], True),
+        (["--seed", "1", "--lr", "1", "--seed", "2"], ["--seed", "2", "--lr", "1"], True),
+        (["--seed", "1", "--seed", "2"], ["--seed", "2", "--seed", "1"], False),
+        (["--lr", "1", "--cpu"], ["--lr", "--cpu", "1"], False),
+        (["--betas", "1", "2"], ["--betas", "2", "1"], False),
+    ],
+)
+def test_the_order_of_options_says_nothing(before: list[str], now: list[str], same: bool) -> None:
+    assert (by_flag(["data", *before]) == by_flag(["data", *now])) == same
+    assert by_flag(["data", *before]) != by_flag(["other", *before])
+
+
+def test_a_training_goes_on_with_the_same_options_in_another_order(tmp_path: Path) -> None:
+    finished(tmp_path)
+    words = ["data", "--no-progress-bar", "--lr", "1"]
+    write_json(tmp_path / OPTIONS, [*words, "--log-format", "json", "--max-update", "10"])
+    train(tmp_path, ["data", "--lr", "1", "--no-progress-bar"], "a run", 10)
+    with pytest.raises(UserError, match="with other options"):
+        train(tmp_path, ["data", "--lr", "2", "--no-progress-bar"], "a run", 10)
 
 
 class Sink(io.StringIO):

@@ -37,7 +37,9 @@ def searched(
     """The search where each frame offers ``choices`` words, the likeliest first."""
     words = np.argsort(-scores[..., 1:], axis=-1)[..., :choices] + 1
     offered = np.take_along_axis(scores, words, -1)
-    return likeliest_sentences(scores[..., 0], words, offered, np.array(frames), width)
+    rows = zip(scores[..., 0], words, offered, frames, strict=True)
+    found = [likeliest_sentences(b[:n], w[:n], s[:n], width) for b, w, s, n in rows]
+    return [sentences for sentences, _ in found], np.array([totals for _, totals in found])
 
 
 def enumerated(scores: Any) -> list[tuple[tuple[int, ...], float]]:
@@ -83,6 +85,39 @@ def test_words_that_a_frame_does_not_offer_count_for_nothing() -> None:
         assert [tuple(each) for each in sentences[row][: len(expected)]] == [s for s, _ in expected]
         logs = [math.log(probability) for _, probability in expected]
         assert found[row, : len(expected)] == pytest.approx(logs)
+
+
+def plain_search(scores: Any, width: int) -> list[tuple[tuple[int, ...], float]]:
+    """Prefix beam search over frames ``[T, V]`` by its definition, nothing left out."""
+    beams = {(): (0.0, -math.inf)}
+    for frame in scores:
+        after: dict[tuple[int, ...], tuple[float, float]] = {}
+        for sentence, (blank, word) in beams.items():
+            either = np.logaddexp(blank, word)
+            offers = [(sentence, either + frame[0], -math.inf)]
+            if sentence:
+                offers.append((sentence, -math.inf, word + frame[sentence[-1]]))
+            for n in range(1, len(frame)):
+                before = blank if sentence and sentence[-1] == n else either
+                offers.append(((*sentence, n), -math.inf, before + frame[n]))
+            for longer, *found in offers:
+                known = after.get(longer, (-math.inf, -math.inf))
+                after[longer] = tuple(np.logaddexp(known, found).tolist())
+        best = sorted(after.items(), key=lambda item: -np.logaddexp(*item[1]))
+        beams = dict(best[:width])
+    return [(sentence, float(np.logaddexp(*ends))) for sentence, ends in beams.items()]
+
+
+@pytest.mark.parametrize("width", [1, 2, 5, 20])
+@pytest.mark.parametrize("sureness", [0.5, 2.0, 8.0])
+def test_what_is_left_out_would_not_have_been_kept(width: int, sureness: float) -> None:
+    for seed in range(10):
+        scores = sureness * np.random.default_rng(seed).normal(size=(12, 6))
+        scores -= np.log(np.exp(scores).sum(-1, keepdims=True))
+        (sentences,), (found,) = searched(scores[None], [12], width, 5)
+        expected = plain_search(scores, width)
+        assert [tuple(each) for each in sentences] == [sentence for sentence, _ in expected]
+        assert found == pytest.approx([total for _, total in expected])
 
 
 def batch_of(tiny: Any, count: int = 12) -> dict[str, Any]:

@@ -38,6 +38,9 @@ def test_a_recipe_lies_over_the_one_it_extends(tmp_path: Path) -> None:
         (BASE + "students: {'n:1': {}}\n", "'n:1' among the students must be without"),
         (BASE + "students: {}\nvariants: {a=b: {}}\n", "'a=b' among the variants must be without"),
         ("name: [\n", "not valid YAML"),
+        (BASE + "students: {a: {from_student: b}}\n", "'a' goes on from 'b': which is no student"),
+        (BASE + "students: {a: {from_student: b}, b: {}}\n", "'b': put that student before it"),
+        (BASE + "students: {a: {from_student: a}}\n", "'a': put that student before it"),
     ],
 )
 def test_a_bad_recipe_is_refused(tmp_path: Path, text: str, message: str) -> None:
@@ -46,6 +49,22 @@ def test_a_bad_recipe_is_refused(tmp_path: Path, text: str, message: str) -> Non
         read_recipe(tmp_path / "recipe.yaml")
     with pytest.raises(UserError, match="no recipe"):
         read_recipe(tmp_path / "other.yaml")
+
+
+def test_a_student_has_the_options_of_the_one_it_goes_on_from(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        BASE
+        + "students:\n"
+        + "  a: {from_teacher: true, lr: 2, dropout: 0.1, generate: {beam: 5}}\n"
+        + "  b: {from_student: a, lr: null, max_update: 3}\n"
+        + "  c: {from_student: b, dropout: 0.2, generate: {}}\n"
+    )
+    students = read_recipe(path).students
+    assert students["a"]["from_teacher"] is True
+    own = {"from_teacher": False, "lr": None, "max_update": 3}
+    assert students["b"] == {**own, "from_student": "a", "dropout": 0.1, "generate": {"beam": 5}}
+    assert students["c"] == {**own, "from_student": "b", "dropout": 0.2, "generate": {}}
 
 
 def test_null_removes_and_mappings_merge() -> None:

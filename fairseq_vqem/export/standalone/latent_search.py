@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .manifest import Options
-from .runtime import Graph, tensor
+from .runtime import Graph
 
 IMPOSSIBLE = np.float32(-1e9)
 
@@ -20,7 +20,7 @@ class LatentSearch:
 
     Args:
         step: graph of one step.
-        encoded: outputs of the graph ``encode``.
+        encoded: outputs of the graph ``encode``, at least.
         lengths: tokens of each source.
         forced: number of codes that every hypothesis has, or None.
     """
@@ -28,7 +28,7 @@ class LatentSearch:
     def __init__(
         self,
         step: Graph,
-        encoded: Mapping[str, Any],
+        encoded: Mapping[str, NDArray[Any]],
         options: Options,
         lengths: Sequence[int],
         forced: int | None,
@@ -50,10 +50,11 @@ class LatentSearch:
         self.reward = np.float32(options.length_reward)
         self.written = np.zeros(rows, np.float32)  # codes
         self.parents = np.arange(rows)
-        self.feed = {**encoded, "width": tensor(np.array([self.width]))}
+        self.end = np.full((rows, 1), -1)
+        self.feed = {**encoded, "width": np.array([self.width])}
         for name, shape in step.inputs.items():
             if name.startswith("past_"):
-                self.feed[name] = tensor(np.zeros((rows, shape[1], 0, shape[3]), np.float32))
+                self.feed[name] = np.zeros((rows, shape[1], 0, shape[3]), np.float32)
 
     def run(self, candidates: int = 1) -> NDArray[np.int64]:
         """The best codes ``[B·candidates, L]`` of each sentence, best first, -1 after the end."""
@@ -73,7 +74,6 @@ class LatentSearch:
     def _advance(self) -> None:
         gains, choices = self._choices()
         if self.width == 1:
-            self.parents = np.arange(self.batch)
             place = gains.argmax(1)
         else:
             totals = (self.scores + self.reward * self.written)[:, None] + gains
@@ -106,20 +106,22 @@ class LatentSearch:
             is_end = ends > math.log(0.5)
             gains = np.where(is_end[:, None], IMPOSSIBLE, gains)
             ends = np.where(is_end, ends, IMPOSSIBLE)
-        over = np.zeros_like(self.finished) if self.fixed_length else position >= self.limits
-        only_end = self.finished | over  # a finished beam has one continuation, itself
-        gains = np.where(only_end[:, None], IMPOSSIBLE, gains)
-        ends = np.where(only_end, np.float32(0.0), ends)
-        none = np.full((len(ends), 1), -1)
-        return np.concatenate([gains, ends[:, None]], 1), np.concatenate([codes, none], 1)
+        only_end = self.finished  # a finished beam has one continuation, itself
+        if not self.fixed_length:
+            only_end = only_end | (position >= self.limits)
+        if only_end.any():
+            gains = np.where(only_end[:, None], IMPOSSIBLE, gains)
+            ends = np.where(only_end, np.float32(0.0), ends)
+        gains = np.concatenate([gains, ends[:, None]], 1)
+        return gains, np.concatenate([codes, self.end], 1)
 
     def _step(self) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]:
         rows = len(self.finished)
         newest = self.codes[:, -1] if self.codes.size else np.full(rows, -1)
-        self.feed["codes"] = tensor(newest.reshape(self.batch, self.width))
-        self.feed["parents"] = tensor(self.parents)
+        self.feed["codes"] = newest.reshape(self.batch, self.width)
+        self.feed["parents"] = self.parents
         found = self.graph(self.feed)
         for name, value in found.items():
             if name.startswith("present_"):
                 self.feed[name.replace("present_", "past_")] = value
-        return found["end"].numpy(), found["scores"].numpy(), found["best"].numpy()
+        return found["end"], found["scores"], found["best"]

@@ -14,7 +14,7 @@ from .candidates import PrefixTree, batches_of_trees, grow_trees
 from .frames import likeliest_sentences, path_words
 from .latent_search import LatentSearch
 from .manifest import PROBE, SCORE, STEP, Options, StandaloneError, graph_names, read_manifest
-from .runtime import Graph, check_integer_products, tensor
+from .runtime import Graph, check_integer_products
 from .text import BOS, EOS, PAD, Dictionary, Subwords
 
 DECODER_READS = ("tokens", "states", "source_bias")
@@ -119,57 +119,57 @@ class StandaloneTranslator:
     ) -> list[list[int]]:
         start = [BOS] if self.options.source_start else []
         tokens = padded([[*start, *source] for source in sources])
-        encoded = self.graphs["encode"]({"tokens": tensor(tokens)})
+        read = {"tokens": tokens, **self.graphs["encode"]({"tokens": tokens})}
         if not self.options.codes:
-            return self._read_frames({**encoded, "tokens": tensor(tokens)}, tokens)
+            return self._read_frames(read)
         lengths = [len(source) for source in sources]
-        search = LatentSearch(self.graphs[STEP], encoded, self.options, lengths, forced)
+        search = LatentSearch(self.graphs[STEP], read, self.options, lengths, forced)
         count = self.options.candidates
         codes = search.run(count)
-        read = {**encoded, "tokens": tensor(tokens)}
         if count == 1:
             return self._decode(read, codes)
         owners = np.repeat(np.arange(len(sources)), count)
-        repeated = {name: tensor(read[name].numpy()[owners]) for name in DECODER_READS}
+        repeated = {name: read[name][owners] for name in DECODER_READS}
         found = self._decode(repeated, codes)
         grouped = [found[start : start + count] for start in range(0, len(found), count)]
         return self._best(tokens, grouped)
 
-    def _read_frames(self, source: Mapping[str, Any], tokens: NDArray[np.int64]) -> list[list[int]]:
+    def _read_frames(self, source: Mapping[str, NDArray[Any]]) -> list[list[int]]:
         """The best sentence of a CTC model's frames, or the one that the teacher prefers."""
-        found = {name: each.numpy() for name, each in self.graphs["decode"](source).items()}
+        found = self.graphs["decode"](source)
         if self.options.frame_beam == 1:
             return [self._output(path_words(path)) for path in found["words"]]
-        counts = found["frames"]
-        rows = np.arange(counts.max()) < counts[:, None]
-        frames = []
-        for name in ("blanks", "symbols", "scores"):
-            each = np.zeros((*rows.shape, *found[name].shape[1:]), found[name].dtype)
-            each[rows] = found[name]
-            frames.append(each)
-        blanks, symbols, scores = frames
-        sentences, _ = likeliest_sentences(blanks, symbols, scores, counts, self.options.frame_beam)
+        ends = np.cumsum(found["frames"])[:-1]
+        frames = [np.split(found[name], ends) for name in ("blanks", "symbols", "scores")]
+        searched = [
+            likeliest_sentences(blanks, symbols, scores, self.options.frame_beam)[0]
+            for blanks, symbols, scores in zip(*frames, strict=True)
+        ]
         candidates = [
-            [self._output(np.array(words, np.int64)) for words in beams[: self.options.candidates]]
-            for beams in sentences
+            [self._output(words) for words in beams[: self.options.candidates]]
+            for beams in searched
         ]
         if self.options.candidates == 1:
             return [best for (best,) in candidates]
+        tokens = source["tokens"]
         return self._best(tokens[:, 1:] if self.options.source_start else tokens, candidates)
 
-    def _decode(self, source: Mapping[str, Any], codes: NDArray[np.int64]) -> list[list[int]]:
+    def _decode(
+        self, source: Mapping[str, NDArray[Any]], codes: NDArray[np.int64]
+    ) -> list[list[int]]:
         """The words of each row of ``codes`` ``[R, L]``, -1 after the end."""
         codes = codes[:, : max(1, (codes >= 0).sum(1).max())]
         decodable = codes.copy()
         decodable[:, 0] = np.maximum(codes[:, 0], 0)  # attention over nothing is undefined
-        words = self.graphs["decode"]({**source, "codes": tensor(decodable)})["words"].numpy()
+        words = self.graphs["decode"]({**source, "codes": decodable})["words"]
         counts = (codes >= 0).sum(1)
         if self.options.collapse:
             counts = np.where(counts > 0, words.shape[1], 0)  # no codes, no words
             paths = [row[:count] for row, count in zip(words, counts, strict=True)]
             return [self._output(path_words(path)) for path in paths]
         counts *= self.options.positions_per_code
-        return [self._output(row[:count]) for row, count in zip(words, counts, strict=True)]
+        rows = zip(words.tolist(), counts, strict=True)
+        return [self._output(row[:count]) for row, count in rows]
 
     def _best(
         self, tokens: NDArray[np.int64], candidates: Sequence[Sequence[list[int]]]
@@ -209,20 +209,20 @@ class StandaloneTranslator:
             (row * size + node, word) for row, tree in enumerate(trees) for node, word in tree.steps
         ]
         feed = {
-            "tokens": tensor(tokens),
-            "words": tensor(padded([tree.words for tree in trees])),
-            "depths": tensor(padded([tree.depths for tree in trees])),
-            "visible": tensor(visible),
-            "steps": tensor(np.array(steps, np.int64)),
+            "tokens": tokens,
+            "words": padded([tree.words for tree in trees]),
+            "depths": padded([tree.depths for tree in trees]),
+            "visible": visible,
+            "steps": np.array(steps, np.int64),
         }
-        scores = self.graphs[SCORE](feed)["scores"].numpy()
+        scores = self.graphs[SCORE](feed)["scores"]
         ends = np.cumsum([len(tree.steps) for tree in trees])[:-1]
         return list(np.split(scores, ends))
 
-    def _output(self, words: NDArray[np.int64]) -> list[int]:
+    def _output(self, words: Sequence[int]) -> list[int]:
         """Words before the first end of sentence, then the end of sentence."""
         ids: list[int] = []
-        for word in words.tolist():
+        for word in words:
             if word == EOS:
                 break
             if not (self.options.remove_repeats and ids and ids[-1] == word):
