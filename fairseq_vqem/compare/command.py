@@ -90,7 +90,7 @@ def compare(run: stages.Run, settings: Settings) -> str:
     texts = {"source": sources, "reference": references, **hypotheses}
     write_columns(folder / HYPOTHESES, texts)
     page = folder / "compare.html"
-    further = write_further_tables(findings, result["signature"]["sacrebleu"])
+    further = write_further_tables(findings, table, result["signature"]["sacrebleu"])
     write_page(
         *(page, table, further, result, seconds, timings["source_tokens"], texts),
         trainings=curves(run),

@@ -1,4 +1,4 @@
-"""Tables beside the comparison: tested pairs, groups of seeds, codes, curves of the trainings."""
+"""Tables beside the comparison: a short one, pairs, groups of seeds, codes, curves of trainings."""
 
 from __future__ import annotations
 
@@ -14,18 +14,29 @@ from fairseq_vqem.benchmark.tables import (
     mean_and_spread,
     write_table,
 )
-from fairseq_vqem.compare.report import Findings, p_text, students_with_latents
+from fairseq_vqem.compare.report import (
+    DATA,
+    LENGTH,
+    MEMORY,
+    THREADS,
+    TRAINING,
+    Findings,
+    p_text,
+    students_with_latents,
+)
 from fairseq_vqem.pipeline.recipe import START
 from fairseq_vqem.pipeline.report import used_validation, validation_curve
 from fairseq_vqem.pipeline.stages import TEACHER, Run
 
-PAIRS, GROUPS, LATENTS, CURVES = "pairs", "groups", "latents", "curves"
+SUMMARY, PAIRS, GROUPS, LATENTS, CURVES = "summary", "pairs", "groups", "latents", "curves"
 TITLES = {
+    SUMMARY: "In short",
     PAIRS: "Differences between systems, paired bootstrap",
     GROUPS: "Groups of systems, mean ± standard deviation",
     LATENTS: "Codes on the validation set, at the checkpoint that is used",
     CURVES: "Validation BLEU during training",
 }
+NOT_IN_SHORT = (DATA, LENGTH, THREADS, TRAINING, MEMORY, "latency_p90_ms")
 PAIR_COLUMNS = ("Against", "BLEU", "p (BLEU)", "chrF", "p (chrF)")
 GROUP_COLUMNS = ("Systems", "BLEU", "chrF", "Length", "Validation BLEU", "Posterior BLEU")
 LATENT_COLUMNS = {
@@ -42,14 +53,15 @@ BLEUS = (LATENT_COLUMNS["BLEU"], LATENT_COLUMNS["Posterior BLEU"])
 
 
 def write_further_tables(
-    findings: Findings, sacrebleu: Mapping[str, str]
+    findings: Findings, whole: ResultTable, sacrebleu: Mapping[str, str]
 ) -> dict[str, ResultTable]:
-    """Write ``pairs.json``, ``groups.json``, ``latents.json`` and ``curves.json``, signed, where
-    they have rows.
+    """Write ``summary.json``, ``pairs.json``, ``groups.json``, ``latents.json`` and
+    ``curves.json``, signed, where they have rows.
 
     A file of an earlier recipe that had some is removed.
 
     Args:
+        whole: the comparison.
         sacrebleu: signatures of the metrics.
 
     Returns:
@@ -57,7 +69,10 @@ def write_further_tables(
     """
     run = findings.run
     tables = {}
+    by_name = {row.system: row for row in whole.rows}
+    in_short = [key for key in whole.columns[1:] if key not in NOT_IN_SHORT]
     for name, rows, columns in (
+        (SUMMARY, [by_name[system] for system in findings.settings.summary], in_short),
         (PAIRS, pair_rows(findings), PAIR_COLUMNS),
         (GROUPS, group_rows(findings), GROUP_COLUMNS),
         (LATENTS, latent_rows(findings), tuple(LATENT_COLUMNS)),

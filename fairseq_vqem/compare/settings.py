@@ -25,6 +25,7 @@ class Settings:
     Attributes:
         baselines: systems that speed-ups refer to, one column each.
         reference: the system of the paired bootstrap.
+        summary: the rows of a short table beside the whole one, in order.
         pairs: two systems each, the first tested against the second by paired bootstrap as well.
         groups: two systems or more under a title, such as one training with several seeds: their
             mean and spread are reported.
@@ -38,6 +39,7 @@ class Settings:
 
     baselines: Sequence[str] = (TEACHER_BEAM,)
     reference: str = TEACHER_GREEDY
+    summary: Sequence[str] = ()
     pairs: Sequence[Sequence[str]] = ()
     groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
     decode_batch_size: int = 32
@@ -58,6 +60,8 @@ def read_settings(recipe: Recipe, systems: Collection[str]) -> Settings:
     if unknown:
         raise UserError(f"the recipe has unknown compare options: {', '.join(unknown)}")
     settings = Settings(**recipe.compare)
+    if not _are_names(settings.summary):
+        raise UserError("the compare option summary is a list of systems, each of them once")
     if not _are_pairs(settings.pairs):
         raise UserError("the compare option pairs is a list of pairs: [[system, other], …]")
     if not _are_groups(settings.groups):
@@ -66,7 +70,7 @@ def read_settings(recipe: Recipe, systems: Collection[str]) -> Settings:
             " {title: [system, other, …], …}"
         )
     paired = itertools.chain.from_iterable([*settings.pairs, *settings.groups.values()])
-    named = [*settings.baselines, settings.reference, *settings.sampled, *paired]
+    named = [*settings.baselines, settings.reference, *settings.summary, *settings.sampled, *paired]
     missing = [name for name in named if name not in systems]
     if missing:
         raise UserError(
@@ -109,17 +113,19 @@ def _counts(value: Any, smallest: int) -> bool:
 
 def _are_groups(value: Any) -> bool:
     return isinstance(value, dict) and all(
-        isinstance(names, list)
-        and all(isinstance(name, str) for name in names)
-        and len(names) == len(set(names)) > 1
-        for names in value.values()
+        _are_names(names) and len(names) > 1 for names in value.values()
     )
 
 
 def _are_pairs(value: Any) -> bool:
     return isinstance(value, list | tuple) and all(
-        isinstance(pair, list)
-        and all(isinstance(name, str) for name in pair)
-        and len(pair) == len(set(pair)) == 2
-        for pair in value
+        _are_names(pair) and len(pair) == 2 for pair in value
+    )
+
+
+def _are_names(value: Any) -> bool:
+    return (
+        isinstance(value, list | tuple)
+        and all(isinstance(name, str) for name in value)
+        and len(value) == len(set(value))
     )

@@ -73,6 +73,7 @@ RECIPE: dict[str, Any] = {
     "compare": {
         **{"baselines": ["teacher, beam 4", "teacher, greedy"], "batch_sizes": [4, 16]},
         **{"throughput_repeats": 1, "decode_batch_size": 8},
+        "summary": ["vqem", "teacher, greedy"],
         "pairs": [["vqem", "teacher, beam 4"], ["teacher, beam 4", "vqem"], ["AR", "vqem"]],
         "groups": {"both searches": ["teacher, beam 4", "teacher, greedy"]},
     },
@@ -127,6 +128,15 @@ def test_the_report_has_every_row_with_all_its_numbers(compared: Path) -> None:
     assert (report_of(compared) / "compare.md").is_file()
     page = (report_of(compared) / "compare.html").read_text("utf-8")
     assert all(name in page for name in ROWS) and page.count("<svg") == 4
+
+
+def test_the_short_table_has_the_rows_that_are_named(compared: Path) -> None:
+    short, signature = read_table(report_of(compared) / "summary.json")
+    whole, _ = read_table(report_of(compared) / "compare.json")
+    assert [row.system for row in short.rows] == ["vqem", "teacher, greedy"]
+    assert all(row in whole.rows for row in short.rows)
+    assert {"bleu", "p", "chrf", "latency_median_ms", "parameters"} < set(short.columns)
+    assert "Training (tokens/s)" not in short.columns and signature["data_checksum"]
 
 
 def test_pairs_are_tested_in_both_directions(compared: Path) -> None:
