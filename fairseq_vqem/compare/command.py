@@ -90,11 +90,9 @@ def compare(run: stages.Run, settings: Settings) -> str:
     texts = {"source": sources, "reference": references, **hypotheses}
     write_columns(folder / HYPOTHESES, texts)
     page = folder / "compare.html"
-    further = write_further_tables(findings, table, result["signature"]["sacrebleu"])
-    write_page(
-        *(page, table, further, result, seconds, timings["source_tokens"], texts),
-        trainings=curves(run),
-    )
+    trainings = curves(run)
+    further = write_further_tables(findings, table, trainings, result["signature"]["sacrebleu"])
+    write_page(*(page, table, further, result, seconds, timings["source_tokens"], texts, trainings))
     tables = [table, *further.values()]
     text = "\n\n".join(render_table(each, result["signature"]) for each in tables)
     with replacing(folder / "compare.md") as temporary:

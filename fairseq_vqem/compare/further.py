@@ -48,12 +48,15 @@ LATENT_COLUMNS = {
     "Latent accuracy": "valid_latent_accuracy",
     "Update": "valid_num_updates",
 }
-CURVE_COLUMNS = ("Updates", "Validated at", "BLEU")
+CURVE_COLUMNS = ("Updates", "Used", "Validated at", "BLEU")
 BLEUS = (LATENT_COLUMNS["BLEU"], LATENT_COLUMNS["Posterior BLEU"])
 
 
 def write_further_tables(
-    findings: Findings, whole: ResultTable, sacrebleu: Mapping[str, str]
+    findings: Findings,
+    whole: ResultTable,
+    trainings: Mapping[str, Curve],
+    sacrebleu: Mapping[str, str],
 ) -> dict[str, ResultTable]:
     """Write ``summary.json``, ``pairs.json``, ``groups.json``, ``latents.json`` and
     ``curves.json``, signed, where they have rows.
@@ -62,6 +65,7 @@ def write_further_tables(
 
     Args:
         whole: the comparison.
+        trainings: see `curves`.
         sacrebleu: signatures of the metrics.
 
     Returns:
@@ -76,7 +80,7 @@ def write_further_tables(
         (PAIRS, pair_rows(findings), PAIR_COLUMNS),
         (GROUPS, group_rows(findings), GROUP_COLUMNS),
         (LATENTS, latent_rows(findings), tuple(LATENT_COLUMNS)),
-        (CURVES, curve_rows(run), CURVE_COLUMNS),
+        (CURVES, curve_rows(trainings), CURVE_COLUMNS),
     ):
         path = findings.folder / f"{name}.json"
         if not rows:
@@ -149,31 +153,44 @@ def latent_rows(findings: Findings) -> list[ResultRow]:
 
 @dataclass(frozen=True)
 class Curve:
-    """Validations of a training: BLEU by update, and how many updates its start had before."""
+    """Validations of a training.
 
-    before: int
+    Attributes:
+        bleu: by update.
+        used: the update whose checkpoint is used.
+        before: updates of the model that it goes on from.
+        start: name of that model.
+    """
+
     bleu: Mapping[int, float]
+    used: int
+    before: int = 0
+    start: str | None = None
 
 
 def curves(run: Run) -> dict[str, Curve]:
     """How the training of each model that validates by BLEU went."""
     found: dict[str, Curve] = {}
-    for name in dict.fromkeys([TEACHER, *run.recipe.students]):
-        start = found.get(str(run.recipe.students.get(name, {}).get(START)))
-        before = start.before + max(start.bleu) if start else 0
+    for name in (TEACHER, *run.recipe.students):
         bleu = validation_curve(run.out / name)
-        if bleu:
-            found[name] = Curve(before, bleu)
+        if not bleu:
+            continue
+        validation = used_validation(run.student(name))
+        used = int(float(validation.get("valid_num_updates", max(bleu))))
+        start = run.recipe.students.get(name, {}).get(START)
+        before = found[start].before + found[start].used if start in found else 0
+        found[name] = Curve(bleu, used, before, start)
     return found
 
 
-def curve_rows(run: Run) -> list[ResultRow]:
+def curve_rows(trainings: Mapping[str, Curve]) -> list[ResultRow]:
     """The curve of each training, from which one sees whether it has ended."""
     rows = []
-    for name, curve in curves(run).items():
-        updates = [*([curve.before] if curve.before else []), max(curve.bleu)]
+    for name, curve in trainings.items():
+        before = f"{curve.before} + " if curve.before else ""
         cells = (
-            " + ".join(map(str, updates)),
+            f"{before}{max(curve.bleu)}",
+            f"{before}{curve.used}",
             " ".join(map(str, curve.bleu)),
             " ".join(f"{bleu:.1f}" for bleu in curve.bleu.values()),
         )

@@ -146,9 +146,13 @@ def _usage(axes: Any, counts: Mapping[str, Sequence[int]]) -> None:
 
 
 def _curves(axes: Any, trainings: Mapping[str, Curve]) -> None:
+    colours: dict[str, Any] = {}
     for name, curve in trainings.items():
         updates = [curve.before + update for update in curve.bleu]
-        axes.plot(updates, list(curve.bleu.values()), marker=".", linewidth=1, label=name)
+        start = colours.get(str(curve.start))
+        style = {"color": start, "linestyle": "--"} if start else {}
+        (line,) = axes.plot(updates, list(curve.bleu.values()), marker=".", label=name, **style)
+        colours[name] = line.get_color()
     axes.set_xlabel("updates, those of the model that it goes on from included")
     axes.set_ylabel("BLEU on the validation set")
     axes.legend(fontsize=6, ncols=2)

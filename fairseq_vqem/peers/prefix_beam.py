@@ -41,12 +41,12 @@ class PrefixBeamGenerator(ParallelGenerator):
                 models[0], encoder_out, self.beam_size, self.eos_penalty
             )
             if self.own_scores:
-                best = zip(sentences, scores[:, 0].tolist(), strict=True)
-                found += [[self.hypothesis(beams[0], score)] for beams, score in best]
+                best = zip(sentences, scores, strict=True)
+                found += [[self.hypothesis(beams[0], each[0])] for beams, each in best]
                 continue
             candidates = [
                 [self.hypothesis(words, score)]
-                for beams, each in zip(sentences, scores.tolist(), strict=True)
+                for beams, each in zip(sentences, scores, strict=True)
                 for words, score in zip(beams, each, strict=True)
             ]
             source = [src_tokens, src_lengths]
@@ -84,8 +84,8 @@ class PrefixBeamGenerator(ParallelGenerator):
 @torch.no_grad()
 def search_frames(
     model: CTCNAT, encoder_out: Any, width: int, penalty: float
-) -> tuple[list[list[list[int]]], Tensor]:
-    """`likeliest_sentences` of ``model``: ``width`` for each sentence, and their scores ``[B, W]``.
+) -> tuple[list[list[list[int]]], list[list[float]]]:
+    """`likeliest_sentences` of ``model``: ``width`` for each sentence, and their scores.
 
     Args:
         penalty: taken from the blank's log-probability.
@@ -99,4 +99,4 @@ def search_frames(
         likeliest_sentences(blank[:count], words[:count], each[:count], width)
         for blank, words, each, count in zip(*arrays, frames.sum(1).tolist(), strict=True)
     ]
-    return [sentences for sentences, _ in found], torch.tensor([totals for _, totals in found])
+    return [sentences for sentences, _ in found], [totals for _, totals in found]

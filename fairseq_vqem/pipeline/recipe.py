@@ -14,6 +14,7 @@ from fairseq_vqem.errors import UserError
 Options = dict[str, Any]
 EXTENDS, SCALE = "extends", "{scale}"
 START = "from_student"
+STAGE = ("task", "max_update", "distilled", "from_teacher", START, "generate")  # read by the stages
 FORBIDDEN = {"students": ":/\\=", "variants": "="}  # folders, and both go into NAME=VALUE
 REQUIRED = ("name", "prepare", "common", "teacher", "students")
 
@@ -35,7 +36,8 @@ class Recipe:
         students: for each student by name, its fairseq-train options, and among them
             ``distilled`` (true: distilled targets), ``from_teacher`` (true: ``--init-from``),
             ``from_student`` (name of a student before it, whose model it goes on with, and whose
-            options it has but for its own) and ``generate`` (options of decoding).
+            options it has but for its own) and ``generate`` (options of decoding). ``null`` hides
+            an option that it would have from elsewhere.
         decode: fairseq-generate options of the teacher's beam search.
         variants: further ways to decode, by name: a ``student`` (or ``teacher``) and generation
             options, laid over the student's own; ``engine`` among them chooses another engine.
@@ -99,7 +101,11 @@ def _with_inherited(path: Path, students: Mapping[str, Options]) -> dict[str, Op
             why = "put that student before it" if start in students else "which is no student"
             raise UserError(f"{path}: {name!r} goes on from {start!r}: {why}")
         inherited = {} if start is None else {**found[start], "from_teacher": False}
-        found[name] = {**inherited, **options}  # null hides what all students have in common
+        decoding = {**inherited.get("generate", {}), **(options.get("generate") or {})}
+        merged = {**inherited, **options, **({"generate": decoding} if decoding else {})}
+        found[name] = {
+            key: value for key, value in merged.items() if value is not None or key not in STAGE
+        }
     return found
 
 

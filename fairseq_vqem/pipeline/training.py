@@ -83,7 +83,8 @@ def _check_same_training(
 def by_flag(words: Sequence[str]) -> dict[str, list[str]]:
     """The values of each flag, whose order says nothing; of a flag given twice the last ones.
 
-    Words before the first flag are those of the empty one.
+    Words before the first flag are those of the empty one. ``words`` are as `flags` writes them:
+    not ``--a=1``, and no flag that undoes another.
     """
     found: dict[str, list[str]] = {}
     values = found.setdefault("", [])

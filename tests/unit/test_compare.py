@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from fairseq_vqem.benchmark.tables import ResultRow, ResultTable
+from fairseq_vqem.compare import further
 from fairseq_vqem.compare.fairness import check_complete, check_no_leak, check_same_outputs
 from fairseq_vqem.compare.further import Curve, curve_rows
 from fairseq_vqem.compare.page import write_page
@@ -120,7 +121,11 @@ def test_file_names_are_plain() -> None:
     assert file_name("teacher, beam 4 (int8)") == "teacher-beam-4-int8"
 
 
-def test_curves_count_the_updates_of_the_start(tmp_path: Path) -> None:
+def test_curves_count_the_updates_of_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = {"a": {"valid_num_updates": "6"}}
+    monkeypatch.setattr(further, "used_validation", lambda path: used.get(path.parent.name, {}))
     students: dict[str, Options] = {
         "a": {},
         "b": {"from_student": "a"},
@@ -143,11 +148,11 @@ def test_curves_count_the_updates_of_the_start(tmp_path: Path) -> None:
             lines.append(f"2026 | INFO | valid | {values}\n")
         (tmp_path / name / LOG).write_text("".join(lines))
     run = Run(Recipe("x", {}, {}, {}, students), tmp_path, "cpu")
-    found = {row.system: row.extra for row in curve_rows(run)}
+    found = {row.system: row.extra or {} for row in curve_rows(further.curves(run))}
     assert list(found) == ["teacher", "a", "b", "c", "d"]
-    assert found["a"] == {"Updates": "8", "Validated at": "2 4 6 8", "BLEU": "1.0 2.0 3.5 4.0"}
-    assert found["b"] == {"Updates": "8 + 3", "Validated at": "3", "BLEU": "5.0"}
-    assert found["c"] == {"Updates": "11 + 7", "Validated at": "7", "BLEU": "6.2"}
+    assert list(found["a"].values()) == ["8", "6", "2 4 6 8", "1.0 2.0 3.5 4.0"]
+    assert list(found["b"].values()) == ["6 + 3", "6 + 3", "3", "5.0"]
+    assert list(found["c"].values()) == ["9 + 7", "9 + 7", "7", "6.2"]
     assert found["teacher"]["BLEU"] == "1.0 2.0" and found["d"]["Updates"] == "1"
 
 
@@ -167,9 +172,9 @@ def test_page_needs_nothing_else(tmp_path: Path) -> None:
     }
     seconds = {row.system: np.full((2, 3), 0.01) for row in rows}
     texts = {name: ["one", "two & three", "four"] for name in ("source", "reference", "nat")}
-    further = {"Pairs & more": pairs}
-    trainings = {"a <b>": Curve(0, {5: 1.0, 10: 7.0}), "nat": Curve(10, {5: 8.0})}
-    given = (table, further, result, seconds, [3, 3, 9], texts)
+    others = {"Pairs & more": pairs}
+    trainings = {"a <b>": Curve({5: 1.0, 9: 7.0}, 9), "nat": Curve({5: 8.0}, 5, 9, "a <b>")}
+    given = (table, others, result, seconds, [3, 3, 9], texts)
     write_page(tmp_path / "page.html", *given, trainings)
     page = (tmp_path / "page.html").read_text("utf-8")
     assert "+0.25" in page and "<h2>Pairs &amp; more</h2>" in page

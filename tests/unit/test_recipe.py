@@ -58,13 +58,17 @@ def test_a_student_has_the_options_of_the_one_it_goes_on_from(tmp_path: Path) ->
         + "students:\n"
         + "  a: {from_teacher: true, lr: 2, dropout: 0.1, generate: {beam: 5}}\n"
         + "  b: {from_student: a, lr: null, max_update: 3}\n"
-        + "  c: {from_student: b, dropout: 0.2, generate: {}}\n"
+        + "  c: {from_student: b, dropout: 0.2, generate: {lenpen: 2}, max_update: null}\n"
+        + "  d: {distilled: null, generate: null, dropout: null}\n"
     )
     students = read_recipe(path).students
     assert students["a"]["from_teacher"] is True
     own = {"from_teacher": False, "lr": None, "max_update": 3}
     assert students["b"] == {**own, "from_student": "a", "dropout": 0.1, "generate": {"beam": 5}}
-    assert students["c"] == {**own, "from_student": "b", "dropout": 0.2, "generate": {}}
+    del own["max_update"]  # what a stage reads cannot be hidden but by leaving it out
+    decoding = {"beam": 5, "lenpen": 2}
+    assert students["c"] == {**own, "from_student": "b", "dropout": 0.2, "generate": decoding}
+    assert students["d"] == {"dropout": None}
 
 
 def test_null_removes_and_mappings_merge() -> None:

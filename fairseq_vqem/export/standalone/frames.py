@@ -67,14 +67,13 @@ class PrefixSearch:
         """Read a frame: the blank's log-probability, M words and theirs, the likeliest first."""
         offered = dict(zip(symbols, scores, strict=True))
         living = {beam[1]: beam for beam in self.beams}
-        found: list[Beam] = []
+        found = [self._stay(beam, blank, offered, living) for beam in self.beams]
+        least = self._least(found)
         for beam in self.beams:
-            found.append(self._stay(beam, blank, offered, living))
+            if beam[0] + scores[0] < least:
+                break
             self._grow(beam, symbols[0], scores[0], living, found)
-        # what each of the W best has at least
-        least = NEVER
-        if len(found) > self.width:
-            least = sorted((beam[0] for beam in found), reverse=True)[self.width - 1]
+        least = self._least(found)
         for beam in self.beams:
             for word, score in zip(symbols[1:], scores[1:], strict=True):
                 if beam[0] + score < least:
@@ -83,11 +82,17 @@ class PrefixSearch:
         found.sort(key=itemgetter(0), reverse=True)
         self.beams = found[: self.width]
 
+    def _least(self, found: Sequence[Beam]) -> float:
+        """What each of the W best has at least, as ``found`` shows it: these are all different."""
+        if len(found) < self.width:
+            return NEVER
+        return sorted(beam[0] for beam in found)[-self.width]
+
     def _stay(
         self, beam: Beam, blank: float, offered: Mapping[int, float], living: Mapping[int, Beam]
     ) -> Beam:
-        """What writes no more than ``beam``: a blank, its word again, or its word after another
-        beam."""
+        """What ends in the same sentence as ``beam``: that and a blank or its last word again, or
+        the beam without its last word and that word."""
         total, node, _, word_end = beam
         blank_end, word = total + blank, self.words[node]
         if word not in offered:

@@ -20,7 +20,7 @@ class LatentSearch:
 
     Args:
         step: graph of one step.
-        encoded: outputs of the graph ``encode``, at least.
+        encoded: outputs of the graph ``encode``; other entries are ignored.
         lengths: tokens of each source.
         forced: number of codes that every hypothesis has, or None.
     """

@@ -16,9 +16,10 @@ PROBE_SIZE, PROBE_WEIGHT, PROBE_VALUE = 64, 127, 255
 
 
 class Graph:
-    """One ONNX graph, from arrays to arrays: on a CPU these are the runtime's own memory.
+    """One ONNX graph, from arrays to arrays.
 
-    Its own tensors (``OrtValue``) take longer to pass than arrays.
+    Outputs are views of the runtime's memory; passing tensors of its own (``OrtValue``) takes
+    longer.
 
     Raises:
         StandaloneError: onnxruntime is missing or cannot read the graph.
