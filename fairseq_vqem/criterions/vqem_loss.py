@@ -27,6 +27,26 @@ class VQEMLossConfig(FairseqDataclass):
     label_smoothing: float = option(0.0, "label smoothing of the reconstruction loss")
     commitment_weight: str = option("0.25", "weight β of the commitment loss, a schedule")
     latent_weight: str = option("1.0", "weight of the latent predictor's loss, a schedule")
+    latent_label_smoothing: float = option(0.0, "label smoothing of the latent loss over the codes")
+
+
+@dataclass(frozen=True)
+class LatentLoss:
+    """What the latent predictor of one batch is told.
+
+    Attributes:
+        loss: what is minimised, summed over symbols and ends.
+        cross_entropy: the same without label smoothing.
+        correct: how many symbols were predicted; ends do not count: they are nearly always right.
+        symbols: how many there are, ends included.
+        ends: how many of them are ends.
+    """
+
+    loss: Tensor
+    cross_entropy: Tensor
+    correct: Tensor
+    symbols: int
+    ends: int
 
 
 @register_criterion("vqem_loss", dataclass=VQEMLossConfig)
@@ -43,6 +63,7 @@ class VQEMLoss(FairseqCriterion):
         label_smoothing: float,
         commitment_weight: str,
         latent_weight: str,
+        latent_label_smoothing: float = 0.0,
     ) -> None:
         super().__init__(task)
         if not getattr(task, "supports_latents", False):
@@ -50,9 +71,10 @@ class VQEMLoss(FairseqCriterion):
                 "--criterion vqem_loss trains vqem_transformer only: pass --task translation_vqem"
                 " --arch vqem_transformer"
             )
-        if not 0.0 <= label_smoothing < 1.0:
-            raise UserError(f"--label-smoothing is {label_smoothing}: it must be in [0, 1)")
-        self.label_smoothing = label_smoothing
+        self.label_smoothing = checked_smoothing("--label-smoothing", label_smoothing)
+        self.latent_smoothing = checked_smoothing(
+            "--latent-label-smoothing", latent_label_smoothing
+        )
         self.commitment_weight = parse_schedule(commitment_weight, minimum=0.0)
         self.latent_weight = parse_schedule(latent_weight, minimum=0.0)
 
@@ -96,19 +118,20 @@ class VQEMLoss(FairseqCriterion):
         assert output.latent_logits is not None and output.latent_tokens is not None
         result = output.bottleneck
         commitment = result.commitment.sum()
-        cross_entropy, correct, symbols, ends = latent_cross_entropy(
-            output.latent_logits, output.latent_tokens, result.samples, output.latent_mask, model
+        latent = latent_loss(
+            *(output.latent_logits, output.latent_tokens, result.samples, output.latent_mask),
+            *(model, self.latent_smoothing),
         )
         update = model.num_updates
-        log["commitment"], log["latent"] = commitment.detach(), cross_entropy.detach()
-        log["latents"], log["latent_symbols"] = result.codes.numel(), symbols
-        log["latent_correct"], log["code_symbols"] = correct, symbols - ends
+        log["commitment"], log["latent"] = commitment.detach(), latent.cross_entropy.detach()
+        log["latents"], log["latent_symbols"] = result.codes.numel(), latent.symbols
+        log["latent_correct"], log["code_symbols"] = latent.correct, latent.symbols - latent.ends
         log["code_counts"] = code_histogram(result.codes, model.latent_dictionary)
-        weighted = self.commitment_weight(update) * commitment.to(cross_entropy.dtype)
-        weighted = weighted + self.latent_weight(update) * cross_entropy
+        weighted = self.commitment_weight(update) * commitment.to(latent.loss.dtype)
+        weighted = weighted + self.latent_weight(update) * latent.loss
         for name, terms in result.losses.items():
             log[f"{PER_LATENT}{name}_loss"] = terms.sum().detach()
-            weighted = weighted + terms.sum().to(cross_entropy.dtype)
+            weighted = weighted + terms.sum().to(latent.loss.dtype)
         for name, values in result.statistics.items():
             log[PER_LATENT + name] = values.sum()
         return model.multiple * weighted
@@ -173,29 +196,46 @@ def code_histogram(codes: Tensor, dictionary: LatentDictionary) -> Tensor:
     return counts.view(dictionary.digits, dictionary.base)
 
 
-def latent_cross_entropy(
-    logits: Tensor, tokens: Tensor, samples: Tensor, mask: Tensor, model: VQEMTransformer
-) -> tuple[Tensor, Tensor, int, int]:
-    """Cross-entropy against the averaged one-hots of the m samples (section 3.2), summed.
+def latent_loss(
+    logits: Tensor,
+    tokens: Tensor,
+    samples: Tensor,
+    mask: Tensor,
+    model: VQEMTransformer,
+    smoothing: float = 0.0,
+) -> LatentLoss:
+    """Cross-entropy against the averaged one-hots of the m samples (section 3.2).
 
     Args:
         logits: ``[B, L·S+1, V_L]``.
         tokens: ``[B, L·S+1]``.
         samples: ``[N, m]``.
         mask: ``[B, L]``.
-
-    Returns:
-        The sum over symbols and ends, how many modes were predicted (ends do not count: they are
-        nearly always right), how many symbols there are, and how many of them are ends.
+        smoothing: share of the labels that is spread evenly over the symbols of their place. The
+            end has no part in it, neither as a label nor among others: it decides the length.
     """
     dictionary, stream = model.latent_dictionary, model.stream_mask(mask)
     at_codes = logits[:, :-1][stream].float()
     log_probabilities = torch.log_softmax(at_codes, -1)
     labels = dictionary.tokens(samples.unsqueeze(-1)).transpose(1, 2).flatten(0, 1)  # [N·S, m]
-    loss = -log_probabilities.gather(1, labels).mean(1).sum()
+    codes = -log_probabilities.gather(1, labels).mean(1).sum()
+    smoothed = codes
+    if smoothing:
+        places = log_probabilities.unflatten(0, (-1, dictionary.digits))
+        uniform = [
+            -places[:, place, dictionary.symbols_at(place)].mean(-1).sum()
+            for place in range(dictionary.digits)
+        ]
+        smoothed = (1 - smoothing) * codes + smoothing * torch.stack(uniform).sum()
+    at_ends = logits[tokens.eq(dictionary.eos())].float()
+    ends = -torch.log_softmax(at_ends, -1)[:, dictionary.eos()].sum()
     correct = at_codes.argmax(-1).eq(tokens[:, :-1][stream]).sum()
-    symbols = at_codes.size(0)
-    ends = tokens.eq(dictionary.eos())
-    at_ends = logits[ends].float()
-    loss = loss - torch.log_softmax(at_ends, -1)[:, dictionary.eos()].sum()
-    return loss, correct, symbols + at_ends.size(0), at_ends.size(0)
+    symbols = at_codes.size(0) + at_ends.size(0)
+    return LatentLoss(smoothed + ends, codes + ends, correct, symbols, at_ends.size(0))
+
+
+def checked_smoothing(option: str, value: float) -> float:
+    """``value``, or ``UserError`` where it is no share."""
+    if not 0.0 <= value < 1.0:
+        raise UserError(f"{option} is {value}: it must be in [0, 1)")
+    return value

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fairseq_vqem.criterions.ctc import ctc_reconstruction
-from fairseq_vqem.criterions.vqem_loss import smoothed_cross_entropy
+from fairseq_vqem.criterions.vqem_loss import checked_smoothing, smoothed_cross_entropy
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.models.config import option
 from fairseq_vqem.modules.ctc import CTCOutput
@@ -37,7 +37,7 @@ class CTCNATLoss(FairseqCriterion):
 
     def __init__(self, task: FairseqTask, label_smoothing: float) -> None:
         super().__init__(task)
-        self.label_smoothing = checked_smoothing(label_smoothing)
+        self.label_smoothing = checked_smoothing("--label-smoothing", label_smoothing)
 
     def forward(
         self, model: CTCNAT, sample: dict[str, Any], reduce: bool = True
@@ -89,7 +89,7 @@ class FertilityNATLoss(FairseqCriterion):
 
     def __init__(self, task: FairseqTask, label_smoothing: float, fertility_weight: float) -> None:
         super().__init__(task)
-        self.label_smoothing = checked_smoothing(label_smoothing)
+        self.label_smoothing = checked_smoothing("--label-smoothing", label_smoothing)
         if fertility_weight < 0.0:
             raise UserError(f"--fertility-weight is {fertility_weight}: it must not be negative")
         self.fertility_weight = fertility_weight
@@ -132,12 +132,6 @@ class FertilityNATLoss(FairseqCriterion):
         log_average(logging_outputs, "loss", "loss", "tokens", BITS)
         log_average(logging_outputs, "nll_loss", "nll", "tokens", BITS)
         log_average(logging_outputs, "fertility_loss", "fertility", "source_words", BITS)
-
-
-def checked_smoothing(label_smoothing: float) -> float:
-    if not 0.0 <= label_smoothing < 1.0:
-        raise UserError(f"--label-smoothing is {label_smoothing}: it must be in [0, 1)")
-    return label_smoothing
 
 
 def log_average(

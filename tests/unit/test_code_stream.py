@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fairseq_vqem.bottlenecks import HardEM
-from fairseq_vqem.criterions.vqem_loss import code_histogram, latent_cross_entropy
+from fairseq_vqem.criterions.vqem_loss import code_histogram, latent_loss
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.generation.latent_generator import LatentGenerator
 from fairseq_vqem.generation.latent_search import search_latents
@@ -64,7 +64,7 @@ def test_the_loss_is_the_chain_rule(tiny: Any) -> None:
     with torch.no_grad():
         out = model(**batch["net_input"], target=batch["target"])
     d, lengths = model.latent_dictionary, out.latent_mask.sum(1)
-    loss, _, symbols, _ = latent_cross_entropy(
+    found = latent_loss(
         out.latent_logits, out.latent_tokens, out.bottleneck.samples, out.latent_mask, model
     )
     expected, queue = 0.0, iter(out.bottleneck.codes.tolist())
@@ -77,8 +77,24 @@ def test_the_loss_is_the_chain_rule(tiny: Any) -> None:
             expected -= float(logs[sentence, 2 * position + 1, high])
         expected -= float(logs[sentence, 2 * length, d.eos()])
         assert out.latent_tokens[sentence, 2 * length] == d.eos()
-    assert float(loss) == pytest.approx(expected, rel=1e-5)
-    assert symbols == 2 * int(lengths.sum()) + len(lengths)
+    assert float(found.loss) == pytest.approx(expected, rel=1e-5)
+    assert found.symbols == 2 * int(lengths.sum()) + len(lengths)
+
+
+def test_smoothing_spreads_over_the_symbols_of_each_place(tiny: Any) -> None:
+    model, batch = make(tiny), tiny.batch(tiny.pairs(4))
+    with torch.no_grad():
+        out = model(**batch["net_input"], target=batch["target"])
+    inputs = (out.latent_logits, out.latent_tokens, out.bottleneck.samples, out.latent_mask)
+    plain = float(latent_loss(*inputs, model).loss)
+    smoothed = float(latent_loss(*inputs, model, 0.4).loss)
+    d, logs, uniform, ends = model.latent_dictionary, out.latent_logits.log_softmax(-1), 0.0, 0.0
+    for sentence, length in enumerate(out.latent_mask.sum(1).tolist()):
+        for position in range(2 * length):
+            first = d.offset + position % 2 * BASE
+            uniform -= float(logs[sentence, position, first : first + BASE].mean())
+        ends -= float(logs[sentence, 2 * length, d.eos()])
+    assert smoothed == pytest.approx(0.6 * (plain - ends) + 0.4 * uniform + ends, rel=1e-5)
 
 
 def test_samples_are_averaged_digit_by_digit(tiny: Any) -> None:
@@ -88,11 +104,8 @@ def test_samples_are_averaged_digit_by_digit(tiny: Any) -> None:
     samples = torch.tensor([[0, 4, 8, 1]])
 
     def loss(of: Tensor) -> float:
-        return float(
-            latent_cross_entropy(out.latent_logits, out.latent_tokens, of, out.latent_mask, model)[
-                0
-            ]
-        )
+        found = latent_loss(out.latent_logits, out.latent_tokens, of, out.latent_mask, model)
+        return float(found.loss)
 
     assert loss(samples) == pytest.approx(sum(loss(samples[:, i : i + 1]) for i in range(4)) / 4)
 

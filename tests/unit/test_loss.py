@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from fairseq_vqem.criterions.vqem_loss import (
     VQEMLoss,
-    latent_cross_entropy,
+    latent_loss,
     smoothed_cross_entropy,
 )
 from fairseq_vqem.errors import UserError
@@ -68,8 +68,11 @@ def test_nothing_to_reconstruct() -> None:
     assert float(loss) == float(nll) == 0.0
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("latent_length", ["end", "source"])
-def test_latent_cross_entropy_against_averaged_one_hots(tiny: Any, latent_length: str) -> None:
+def test_latent_loss_against_averaged_one_hots(
+    tiny: Any, latent_length: str, smoothing: float
+) -> None:
     torch.manual_seed(0)
     model = tiny.model(latent_length=latent_length)
     d = model.latent_dictionary
@@ -78,9 +81,9 @@ def test_latent_cross_entropy_against_averaged_one_hots(tiny: Any, latent_length
     samples[1] = samples[1, 0]
     tokens = model.latent_tokens(samples[:, 0], mask)
     logits = torch.randn(2, 4, len(d))
-    loss, correct, symbols, ends = latent_cross_entropy(logits, tokens, samples, mask, model)
+    found = latent_loss(logits, tokens, samples, mask, model, smoothing)
     logs = log_softmax(logits.double().numpy())
-    wanted, right, count = 0.0, 0, 0
+    wanted, plain, right, count = 0.0, 0.0, 0, 0
     rows = iter(samples.tolist())
     for b, length in enumerate([2, 3]):
         for t in range(length):
@@ -88,15 +91,20 @@ def test_latent_cross_entropy_against_averaged_one_hots(tiny: Any, latent_length
             drawn = next(rows)
             for code in drawn:
                 target[code + d.offset] += 1 / 4
+            plain -= target @ logs[b, t]
+            target *= 1 - smoothing
+            target[d.offset :] += smoothing / 12
             wanted -= target @ logs[b, t]
             right += int(logs[b, t].argmax() == drawn[0] + d.offset)
             count += 1
         if latent_length == "end":
             wanted -= logs[b, length, d.eos()]
+            plain -= logs[b, length, d.eos()]
             count += 1
-    assert float(loss) == pytest.approx(wanted, rel=1e-5)
-    assert (int(correct), symbols) == (right, count)
-    assert ends == (2 if latent_length == "end" else 0)
+    assert float(found.loss) == pytest.approx(wanted, rel=1e-5)
+    assert float(found.cross_entropy) == pytest.approx(plain, rel=1e-5)
+    assert (int(found.correct), found.symbols) == (right, count)
+    assert found.ends == (2 if latent_length == "end" else 0)
 
 
 def test_labels_carry_no_gradient_and_logits_do(tiny: Any) -> None:
@@ -105,14 +113,14 @@ def test_labels_carry_no_gradient_and_logits_do(tiny: Any) -> None:
         **tiny.batch(tiny.pairs(3))["net_input"], target=tiny.batch(tiny.pairs(3))["target"]
     )
     assert not output.bottleneck.samples.requires_grad
-    loss, *_ = latent_cross_entropy(
+    found = latent_loss(
         output.latent_logits,
         output.latent_tokens,
         output.bottleneck.samples,
         output.latent_mask,
         model,
     )
-    loss.backward()
+    found.loss.backward()
     assert model.target_encoder.compressor.strided[0].weight.grad is None
     assert model.encoder.layers[0].fc1.weight.grad is not None
 
@@ -182,6 +190,16 @@ def test_two_halves_sum_to_the_whole(tiny: Any, latent_length: str) -> None:
 def test_bad_smoothing(tiny: Any, smoothing: float) -> None:
     with pytest.raises(UserError, match="--label-smoothing is"):
         criterion(tiny, smoothing)
+    with pytest.raises(UserError, match="--latent-label-smoothing is"):
+        VQEMLoss(tiny.task(), 0.0, "0", "1", smoothing)
+
+
+def test_the_smoothed_latent_loss_is_minimised_and_the_plain_one_logged(tiny: Any) -> None:
+    model, batch = tiny.model(), tiny.batch(tiny.pairs(5))
+    plain, _, log = run(VQEMLoss(tiny.task(), 0.0, "0", "1"), model, batch)
+    smoothed, _, smoothed_log = run(VQEMLoss(tiny.task(), 0.0, "0", "1", 0.3), model, batch)
+    assert smoothed > plain
+    assert float(smoothed_log["latent"]) == float(log["latent"])
 
 
 def test_bad_weights(tiny: Any) -> None:
