@@ -99,7 +99,7 @@ def graph_calls(contender: ForcedExported, call: Callable[[], object]) -> tuple[
     with patch.dict(graphs, {"step": step, "decode": decode}):
         call()
     (feed,) = decode.call_args.args
-    return step.call_count, feed["codes"].shape()[1]
+    return step.call_count, feed["codes"].shape[1]
 
 
 def test_the_parts_of_an_exported_student_add_up(data: Path, tmp_path: Path) -> None:
