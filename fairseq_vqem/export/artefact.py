@@ -84,7 +84,7 @@ def write_graphs(
             blank_penalty=float(translator.generator.eos_penalty),
         )
         graphs = (
-            StudentGraphs(model, file, max_codes=options.table_codes, **shared)
+            StudentGraphs(model, file, options=options, **shared)
             if options.codes
             else CTCGraphs(model, file, searched=options.frame_beam > 1, **shared)
         )

@@ -1,4 +1,4 @@
-"""The three graphs of an exported student: ``encode``, ``step`` (one code) and ``decode``."""
+"""The graphs of an exported student: ``encode``, the search for its codes, and ``decode``."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ import onnx
 import torch
 from onnx import TensorProto
 
-from fairseq_vqem.export.encoder import positions
 from fairseq_vqem.export.layers import (
     ExpanderLayers,
     Rows,
-    TransformerLayer,
-    for_queries,
     source_projections,
     stacked_projection,
 )
 from fairseq_vqem.export.onnx_graph import GraphBuilder, WeightFile
 from fairseq_vqem.export.parallel import ParallelGraphs
+from fairseq_vqem.export.search import SearchGraph
+from fairseq_vqem.export.standalone.manifest import Options
 from fairseq_vqem.export.standalone.runtime import PROBE_SIZE, PROBE_WEIGHT
 from fairseq_vqem.models.vqem_transformer import VQEMTransformer
 from fairseq_vqem.modules.frames import PlannedFrames
@@ -28,21 +27,21 @@ from fairseq_vqem.modules.frames import PlannedFrames
 class StudentGraphs(ParallelGraphs):
     """The graphs of a student with latents.
 
-    B sentences, S source tokens, W beams each, R = B·W, H heads, L codes, T = L·2^n_c words.
+    B sentences, S source tokens, H heads, L codes, T = L·2^n_c words.
 
     Args:
-        max_codes: most codes of a hypothesis.
+        options: how the codes are searched.
         others: see `ParallelGraphs`.
     """
 
     model: VQEMTransformer
 
     def __init__(
-        self, student: VQEMTransformer, weights: WeightFile, *, max_codes: int, **others: Any
+        self, student: VQEMTransformer, weights: WeightFile, *, options: Options, **others: Any
     ) -> None:
         blank = None if student.planned_frames is None else student.blank
         super().__init__(student, weights, blank=blank, **others)
-        self.student, self.max_codes = student, max_codes
+        self.student, self.options = student, options
 
     # ------------------------------------------------------------------ encode
 
@@ -67,82 +66,15 @@ class StudentGraphs(ParallelGraphs):
             name = f"source_{kind}.{number // 2}"
             graph.output(name, value, np.float32, ["B", self.heads, "S", head])
 
-    # ------------------------------------------------------------------ step
+    # ------------------------------------------------------------------ search
 
-    def step(self) -> onnx.ModelProto:
-        """One step of the latent predictor.
+    def greedy(self) -> onnx.ModelProto:
+        """The search with one beam, see `SearchGraph`."""
+        return SearchGraph(self.builder("greedy"), self.student, self.options, beams=False).model()
 
-        ``codes`` ``[B, W]`` are the newest ones, -1 at the start; ``parents`` ``[R]`` the rows of
-        the caches ``past_…`` ``[R, H, t, D/H]`` that they continue; ``width`` ``[1]`` is W.
-        Returns log-probabilities: of the end ``[R]``, of the W likeliest codes ``[R, W]`` and
-        which these are ``[R, W]``; and the caches.
-        """
-        graph, predictor = self.builder("step"), self.student.latent_predictor
-        codes = graph.input("codes", np.int64, ["B", "W"])
-        parents = graph.input("parents", np.int64, ["R"])
-        width = graph.input("width", np.int64, [1])
-        bias = graph.input("source_bias", np.float32, ["B", 1, 1, "S"])
-        each = for_queries(graph, bias, graph.size(codes, 1))
-        caches = [
-            [self.cache(graph, f"{kind}.{number}") for kind in ("past_keys", "past_values")]
-            for number in range(len(predictor.layers))
-        ]
-        beams = graph.op("Shape", codes)
-        rows = Rows(self.embedded_codes(graph, codes, caches[0][0]), graph.shape(-1, 1))
-        for number, layer in enumerate(predictor.layers):
-            part = TransformerLayer(graph, f"latent_predictor.{number}", layer, few_rows=True)
-            past = [graph.op("Gather", cache, parents, axis=0) for cache in caches[number]]
-            rows, present = part.attend_to_prefix(rows, past)
-            for kind, value in zip(("keys", "values"), present, strict=True):
-                self.cache_output(graph, f"present_{kind}.{number}", value)
-            key, value = (self.source(graph, f"{k}.{number}") for k in ("keys", "values"))
-            rows = part.feed_forward(part.attend_to_source(rows, key, value, each, beams))
-        x = graph.norm(rows.x, "latent_predictor.layer_norm", predictor.layer_norm)
-        self.code_probabilities(graph, x, width)
-        return graph.model()
-
-    def cache(self, graph: GraphBuilder, name: str) -> str:
-        return graph.input(name, np.float32, ["R", self.heads, "t", self.dimension // self.heads])
-
-    def cache_output(self, graph: GraphBuilder, name: str, value: str) -> None:
-        head = self.dimension // self.heads
-        graph.output(name, value, np.float32, ["R", self.heads, "t + 1", head])
-
-    def source(self, graph: GraphBuilder, name: str) -> str:
-        head = self.dimension // self.heads
-        return graph.input(f"source_{name}", np.float32, ["B", self.heads, "S", head])
-
-    def embedded_codes(self, graph: GraphBuilder, codes: str, cache: str) -> str:
-        """``[R, D]``; the position is the length of the cache."""
-        predictor, dictionary = self.student.latent_predictor, self.student.latent_dictionary
-        symbols = graph.op("Add", codes, np.int64(dictionary.offset))
-        start = graph.op("Less", codes, np.int64(0))
-        symbols = graph.op("Where", start, np.int64(dictionary.eos()), symbols)
-        x = graph.embed("latent_predictor.embeddings", predictor.embed_tokens.weight, symbols)
-        x = graph.op("Mul", x, np.float32(predictor.embed_scale))
-        places = positions(
-            graph, "positions.latent_predictor", predictor.embed_positions, self.max_codes + 1
-        )
-        x = graph.op("Add", x, graph.op("Gather", places, graph.size(cache, 2)))
-        return graph.reshape(x, -1, self.dimension)
-
-    def code_probabilities(self, graph: GraphBuilder, x: str, width: str) -> None:
-        predictor, dictionary = self.student.latent_predictor, self.student.latent_dictionary
-        weight = predictor.output_projection.weight
-        logits = graph.linear(x, "latent_predictor.embeddings", weight, few_rows=True)
-        first, end = dictionary.offset, dictionary.eos()
-        # <s>, <pad> and <unk> are impossible
-        kept = [
-            graph.op("Slice", logits, np.array([start]), np.array([stop]), np.array([1]))
-            for start, stop in ((end, end + 1), (first, len(dictionary)))
-        ]
-        scores = graph.op("LogSoftmax", graph.op("Concat", *kept, axis=1), axis=1)
-        ends = graph.op("Slice", scores, np.array([0]), np.array([1]), np.array([1]))
-        codes = graph.op("Slice", scores, np.array([1]), np.array([len(dictionary)]), np.array([1]))
-        values, best = graph.ops("TopK", 2, codes, width, axis=1)
-        graph.output("end", graph.reshape(ends, -1), np.float32, ["R"])
-        graph.output("scores", values, np.float32, ["R", "W"])
-        graph.output("best", best, np.int64, ["R", "W"])
+    def beam(self) -> onnx.ModelProto:
+        """The search with several beams, see `SearchGraph`."""
+        return SearchGraph(self.builder("beam"), self.student, self.options, beams=True).model()
 
     # ------------------------------------------------------------------ decode
 
@@ -159,7 +91,7 @@ class StudentGraphs(ParallelGraphs):
         mask = graph.op("Unsqueeze", graph.op("Cast", real, to=TensorProto.FLOAT), np.array([2]))
         x = graph.embed("codebook", table, graph.op("Max", codes, np.int64(0)))
         x, mask = ExpanderLayers(graph, self.student.expander)(x, mask)
-        longest = self.max_codes * self.student.multiple
+        longest = self.options.table_codes * self.student.multiple
         if self.student.planned_frames is not None:
             x, mask = self.planned_frames(graph, x, mask, self.student.planned_frames)
             longest = self.max_source * self.student.planned_frames.scale

@@ -7,7 +7,7 @@ read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,9 @@ ACTIVATION_ZERO = 128  # what stands for 0 in eight-bit activations of both sign
 
 Value = str | np.ndarray | np.generic
 """The name of a tensor of the graph, "" for an absent optional input, or a constant."""
+
+Advance = Callable[["GraphBuilder", str, dict[str, str]], tuple[str, dict[str, str]]]
+"""Builds a step of a loop, see ``GraphBuilder.loop``."""
 
 
 class WeightFile:
@@ -80,6 +83,7 @@ class GraphBuilder:
 
     def __init__(self, name: str, weights: WeightFile, quantised: bool) -> None:
         self.name, self.weights, self.quantised = name, weights, quantised
+        self._prefix = ""
         self._nodes: list[Any] = []
         self._constants: dict[str, TensorProto] = {}
         self._inputs: list[Any] = []
@@ -108,12 +112,45 @@ class GraphBuilder:
         self, kind: str, outputs: int, *inputs: Value, domain: str = "", **attributes: Any
     ) -> list[str]:
         """Add a node with several outputs; returns their names."""
-        place = f"{kind}.{len(self._nodes)}"
+        place = f"{self._prefix}{kind}.{len(self._nodes)}"
         names = [f"{place}.{number}" for number in range(outputs)]
         words = [value if isinstance(value, str) else self._constant(value) for value in inputs]
         node = helper.make_node(kind, words, names, name=place, domain=domain, **attributes)
         self._nodes.append(node)
         return names
+
+    def loop(self, start: Mapping[str, str], advance: Advance) -> dict[str, str]:
+        """Repeat a step until it says that it was the last; there is at least one.
+
+        Args:
+            start: the values that change from step to step, by name.
+            advance: called once with a builder of the step, the number of steps before ``[]`` and
+                the values by name; returns whether to go on ``[]``, a truth value, and the values
+                of the next step. It may use everything that this graph has made so far.
+
+        Returns:
+            The last values by name.
+        """
+        body = GraphBuilder("step", self.weights, self.quantised)
+        body._prefix = f"{self._prefix}step{len(self._nodes)}/"
+        body._constants = self._constants  # a step reads those of the graph around it
+        state = {name: f"{body._prefix}{name}" for name in start}
+        iteration, going = f"{body._prefix}iteration", f"{body._prefix}going"
+        go_on, following = advance(body, iteration, state)
+        outputs = [go_on, *(following[name] for name in start)]
+        step = helper.make_graph(
+            body._nodes,
+            body._prefix,
+            [
+                helper.make_tensor_value_info(iteration, TensorProto.INT64, []),
+                helper.make_tensor_value_info(going, TensorProto.BOOL, []),
+                # of the other values the runtime finds out what they are
+                *(helper.make_empty_tensor_value_info(name) for name in state.values()),
+            ],
+            [helper.make_empty_tensor_value_info(name) for name in outputs],
+        )
+        found = self.ops("Loop", len(start), "", np.bool_(True), *start.values(), body=step)
+        return dict(zip(start, found, strict=True))
 
     def model(self) -> onnx.ModelProto:
         """The finished graph."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,7 +30,8 @@ from teacher_helpers import tiny_teacher
 from fairseq_vqem.corpora.subwords import SubwordModel
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.export.command import decoding_options
-from fairseq_vqem.export.standalone import StandaloneError, candidates
+from fairseq_vqem.export.standalone import StandaloneError, StandaloneTranslator, candidates
+from fairseq_vqem.export.standalone.manifest import MANIFEST, manifest_checksum
 from fairseq_vqem.export.standalone.translator import padded
 
 
@@ -107,6 +109,23 @@ def test_the_first_of_equal_candidates_is_chosen(
     other = [13 - best[0], EOS]
     for each in ([best, other, best], [other, best]):
         assert ours._best(padded([[5, EOS]]), [each]) == [best]
+
+
+@pytest.mark.parametrize(("version", "later"), [(3, ("length_reward",)), (4, ())])
+def test_earlier_formats_are_read(
+    tiny: Any, few_subwords: SubwordModel, tmp_path: Path, version: int, later: tuple[str, ...]
+) -> None:
+    sources = sentences(20)
+    expected = exported(ctc_translator(tiny, few_subwords, 0.0), tmp_path).translate_ids(sources)
+    path = tmp_path / "exported" / MANIFEST
+    manifest = json.loads(path.read_text("utf-8"))
+    del manifest["checksum"]
+    manifest["version"] = version
+    for name in later:
+        del manifest["decoding"][name]
+    manifest["checksum"] = manifest_checksum(manifest)
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+    assert StandaloneTranslator(path.parent, threads=1).translate_ids(sources) == expected
 
 
 def test_teachers_that_cannot_be_written(

@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 
 FORMAT = "fairseq_vqem-export"
-FORMAT_VERSION = 4  # 2 to 4 have options and graphs that programs for earlier ones do not know
-READABLE_VERSIONS = (1, 2, 3, FORMAT_VERSION)
+FORMAT_VERSION = 5  # in which one graph searches for all codes
+EARLIER_VERSIONS = (3, 4)  # are read where there are no codes
 MANIFEST = "manifest.json"
-STEP = "step"
-GRAPHS = ("encode", STEP, "decode")
+GREEDY, BEAM = "greedy", "beam"  # the searches for codes
 SCORE = "score"  # the teacher's graph, where candidates are re-scored
 PROBE = "probe"  # tells whether the processor multiplies integers exactly
 READ_CHUNK = 1 << 20
@@ -98,8 +97,14 @@ class Options:
 
 def graph_names(options: Options) -> list[str]:
     """The graphs that an artefact consists of."""
-    names = [name for name in GRAPHS if options.codes or name != STEP]
-    return [*names, SCORE] if options.candidates > 1 else names
+    searches = [GREEDY, BEAM] if options.codes else []
+    scores = [SCORE] if options.candidates > 1 else []
+    return ["encode", *searches, "decode", *scores]
+
+
+def search_name(options: Options) -> str:
+    """The graph that searches for the codes."""
+    return GREEDY if options.latent_beam == 1 else BEAM
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -121,13 +126,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise StandaloneError(f"{path} is damaged; copy the folder again.") from error
     if checksum != manifest_checksum(manifest):
         raise StandaloneError(f"{path} is damaged; copy the folder again.")
-    readable = manifest.get("version") in READABLE_VERSIONS
-    if manifest.get("version") == 2:  # where a teacher reads candidates one by one
-        readable = manifest["decoding"].get("candidates", 1) == 1
-    if manifest.get("format") != FORMAT or not readable:
+    if not _is_readable(manifest):
+        earlier = " and ".join(map(str, EARLIER_VERSIONS))
         raise StandaloneError(
             f"{folder} has format {manifest.get('format')} {manifest.get('version')}, but this"
-            f" program reads {FORMAT} 1 to {FORMAT_VERSION}, of 2 those without a teacher; use the"
+            f" program reads {FORMAT} {FORMAT_VERSION}, and {earlier} without latents; use the"
             " standalone program in that folder or export again."
         )
     for name, expected in manifest["parts"].items():
@@ -136,6 +139,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if file_sha256(folder / name) != expected:
             raise StandaloneError(f"{folder / name} is damaged; copy the folder again.")
     return manifest
+
+
+def _is_readable(manifest: Mapping[str, Any]) -> bool:
+    version = manifest.get("version")
+    known = version == FORMAT_VERSION or (
+        version in EARLIER_VERSIONS and not manifest["decoding"]["codes"]
+    )
+    return known and manifest.get("format") == FORMAT
 
 
 def manifest_checksum(manifest: Mapping[str, Any]) -> str:

@@ -12,8 +12,18 @@ from numpy.typing import NDArray
 
 from .candidates import PrefixTree, batches_of_trees, grow_trees
 from .frames import likeliest_sentences, path_words
-from .latent_search import LatentSearch
-from .manifest import PROBE, SCORE, STEP, Options, StandaloneError, graph_names, read_manifest
+from .latent_search import search_codes
+from .manifest import (
+    BEAM,
+    GREEDY,
+    PROBE,
+    SCORE,
+    Options,
+    StandaloneError,
+    graph_names,
+    read_manifest,
+    search_name,
+)
 from .runtime import Graph, check_integer_products
 from .text import BOS, EOS, PAD, Dictionary, Subwords
 
@@ -52,7 +62,9 @@ class StandaloneTranslator:
         )
         self.source = Dictionary(folder / manifest["dictionaries"]["source"])
         self.target = Dictionary(folder / manifest["dictionaries"]["target"])
-        names = graph_names(self.options)
+        self._search = search_name(self.options)
+        unused = {GREEDY, BEAM} - {self._search}
+        names = [name for name in graph_names(self.options) if name not in unused]
         self.graphs = {name: Graph(folder / f"{name}.onnx", threads) for name in names}
         if manifest["weights"] == "int8":
             check_integer_products(Graph(folder / f"{PROBE}.onnx", 1))
@@ -123,9 +135,8 @@ class StandaloneTranslator:
         if not self.options.codes:
             return self._read_frames(read)
         lengths = [len(source) for source in sources]
-        search = LatentSearch(self.graphs[STEP], read, self.options, lengths, forced)
         count = self.options.candidates
-        codes = search.run(count)
+        codes = search_codes(self.graphs[self._search], read, self.options, lengths, forced)
         if count == 1:
             return self._decode(read, codes)
         owners = np.repeat(np.arange(len(sources)), count)
