@@ -43,10 +43,10 @@ from fairseq_vqem.benchmark.timing import Seconds, measure, speedup, summarise
 from fairseq_vqem.benchmark.turns import TimedCalls, process_groups, thread_counts
 from fairseq_vqem.corpora.subwords import load_subwords
 from fairseq_vqem.errors import UserError
-from fairseq_vqem.export.standalone.manifest import GREEDY
+from fairseq_vqem.export.standalone.manifest import BEAM, GREEDY
 from fairseq_vqem.export.standalone.runtime import Graph
 
-GRAPH_TITLES = {"encode": "encoder", GREEDY: "predictor", "decode": "decoder"}
+GRAPH_TITLES = {"encode": "encoder", GREEDY: "predictor", BEAM: "predictor", "decode": "decoder"}
 THROUGHPUT = "Sentences/s (batch)"
 THREADS = "Threads"
 Rates = dict[tuple[int, int], dict[str, float]]

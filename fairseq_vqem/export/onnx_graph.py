@@ -131,8 +131,8 @@ class GraphBuilder:
         Returns:
             The last values by name.
         """
-        body = GraphBuilder("step", self.weights, self.quantised)
-        body._prefix = f"{self._prefix}step{len(self._nodes)}/"
+        body = GraphBuilder(f"step{len(self._nodes)}", self.weights, self.quantised)
+        body._prefix = f"{self._prefix}{body.name}/"
         body._constants = self._constants  # a step reads those of the graph around it
         state = {name: f"{body._prefix}{name}" for name in start}
         iteration, going = f"{body._prefix}iteration", f"{body._prefix}going"
@@ -140,7 +140,7 @@ class GraphBuilder:
         outputs = [go_on, *(following[name] for name in start)]
         step = helper.make_graph(
             body._nodes,
-            body._prefix,
+            body.name,
             [
                 helper.make_tensor_value_info(iteration, TensorProto.INT64, []),
                 helper.make_tensor_value_info(going, TensorProto.BOOL, []),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock, patch
 
 import pytest
@@ -79,7 +80,8 @@ def test_contenders_obey_the_length(data: Path, tmp_path: Path) -> None:
             call = contender.prepare(["the cat", "the dog sees the cow"], length)
             if isinstance(contender, ForcedExported):
                 codes = SIZES.codes(length)
-                assert codes_to_decode(contender, call) == codes
+                # a step for the end
+                assert steps_and_codes(contender, call) == (codes + 1, codes)
                 continue
             written = call()
             if isinstance(contender, ForcedStudent):
@@ -91,14 +93,20 @@ def test_contenders_obey_the_length(data: Path, tmp_path: Path) -> None:
     assert isinstance(contenders[AR_BEAM](1), ForcedFairseqAR)
 
 
-def codes_to_decode(contender: ForcedExported, call: Callable[[], object]) -> int:
-    """How many codes the decoder receives."""
+def steps_and_codes(contender: ForcedExported, call: Callable[[], object]) -> tuple[int, int]:
+    """Steps of the latent predictor, and codes that the decoder receives."""
     graphs = contender.engine.translator.graphs
-    decode = Mock(wraps=graphs["decode"])
-    with patch.dict(graphs, {"decode": decode}):
+    search, decode = graphs["greedy"], Mock(wraps=graphs["decode"])
+    found: list[dict[str, Any]] = []
+
+    def searched(values: Mapping[str, Any]) -> dict[str, Any]:
+        found.append(search(values))
+        return found[-1]
+
+    with patch.dict(graphs, {"greedy": searched, "decode": decode}):
         call()
     (feed,) = decode.call_args.args
-    return int(feed["codes"].shape[1])
+    return found[0]["codes"].shape[1], feed["codes"].shape[1]
 
 
 def test_the_parts_of_an_exported_student_add_up(data: Path, tmp_path: Path) -> None:

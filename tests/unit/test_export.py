@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -132,6 +133,31 @@ def test_pad_latent_and_repeats(tiny: Any, few_subwords: SubwordModel, tmp_path:
         lengths = [len(output) for output in expected]
         assert min(lengths) == 1 < max(lengths)
         assert all(a != b for output in expected for a, b in itertools.pairwise(output))
+
+
+@pytest.mark.parametrize("reward", [0.0, 1.5])
+@pytest.mark.parametrize("beam", [1, 4])
+def test_a_code_that_ends_beside_the_end(
+    tiny: Any, few_subwords: SubwordModel, tmp_path: Path, beam: int, reward: float
+) -> None:
+    """Beams that end in the one or the other are compared; lengths that are forced ignore it."""
+    student, sources = student_of(tiny), sentences(60, seed=5)
+    plain = translator_of(tiny, student, few_subwords, "greedy")
+    batch = tiny.batch([(source[:-1], [FIRST_WORD]) for source in sources])
+    found = plain.generator.generate([student], batch)
+    codes = torch.cat([hypotheses[0]["codes"] for hypotheses in found])
+    translator = translator_of(tiny, student, few_subwords, "greedy")
+    translator.generator.search = LatentSearchOptions(
+        beam=beam, stop_code=int(codes.mode()[0]), length_reward=reward if beam > 1 else 0.0
+    )
+    ours = exported(translator, tmp_path)
+    found = ours.translate_ids(sources)
+    assert_same(tiny, translator, sources, found)
+    assert found != generated(tiny, plain, sources)
+    graph = Mock(wraps=ours.graphs["decode"])
+    ours.graphs["decode"] = graph
+    ours.translate_ids(sources[:3], codes=5)
+    assert (graph.call_args.args[0]["codes"] >= 0).all()
 
 
 @pytest.mark.parametrize("search", ["greedy", "beam"])

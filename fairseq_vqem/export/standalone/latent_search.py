@@ -25,7 +25,9 @@ def search_codes(
 
     Args:
         graph: the search, greedy where the latent beam is 1.
-        encoded: outputs of the graph ``encode``; other entries are ignored.
+        encoded: outputs of the graph ``encode``, keys and values of the source among them; other
+            entries are ignored.
+        options: how to decode.
         lengths: tokens of each source.
         forced: number of codes that every hypothesis has, or None.
     """

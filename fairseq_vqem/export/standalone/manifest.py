@@ -142,11 +142,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _is_readable(manifest: Mapping[str, Any]) -> bool:
-    version = manifest.get("version")
-    known = version == FORMAT_VERSION or (
-        version in EARLIER_VERSIONS and not manifest["decoding"]["codes"]
-    )
-    return known and manifest.get("format") == FORMAT
+    if manifest.get("format") != FORMAT:
+        return False
+    if manifest.get("version") in EARLIER_VERSIONS:
+        return not manifest["decoding"]["codes"]
+    return manifest.get("version") == FORMAT_VERSION
 
 
 def manifest_checksum(manifest: Mapping[str, Any]) -> str:
