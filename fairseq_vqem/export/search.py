@@ -1,7 +1,7 @@
 """The latent search of an exported student as one graph: a loop over steps of the predictor.
 
-A call of a graph for each code, with arrays of few numbers in between, takes 1.3 to 1.7 times as
-long to translate with a small model.
+A call of a graph for each code, with arrays of few numbers in between, takes a third longer to
+translate with a small model (recipes/compare).
 """
 
 from __future__ import annotations
