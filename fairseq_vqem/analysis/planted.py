@@ -31,6 +31,7 @@ from fairseq_vqem.corpora.files import replacing
 from fairseq_vqem.errors import UserError
 
 WARM_UP_STEPS = 4
+PLOT = ".png"
 RANDOM_START = ", random start"
 """Names that end so have no warm-up: their first codebook is N(0, I), inside the data."""
 CONTESTANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -222,6 +223,10 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.seeds < 1:
         raise UserError(f"--seeds is {arguments.seeds}: there must be at least 1")
+    if arguments.output and arguments.output.suffix == PLOT:
+        raise UserError(
+            f"--output {arguments.output} is the plot beside it: name the result file .json"
+        )
     task = Planted(arguments.centres, arguments.dimension, arguments.spread, steps=arguments.steps)
     for name in arguments.kinds:  # what does not go with these numbers is refused now
         try:
@@ -244,6 +249,6 @@ def _run(arguments: argparse.Namespace) -> int:
             seeds=arguments.seeds,
             outcomes=details,
         )
-        plot(arguments.output.with_suffix(".png"), outcomes, task.centres)
+        plot(arguments.output.with_suffix(PLOT), outcomes, task.centres)
     print(render_table(table, asdict(signature)))
     return 0

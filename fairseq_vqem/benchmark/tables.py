@@ -192,6 +192,8 @@ def update_markdown(path: Path, root: Path, *, check: bool = False) -> bool:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist; check the path.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not text in UTF-8 ({error}); save it as UTF-8.") from error
     # Markers inside a code block are examples of the notation.
     examples = [(match.start(), match.end()) for match in FENCE.finditer(text)]
     parts, position = [], 0

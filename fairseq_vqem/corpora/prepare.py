@@ -111,6 +111,15 @@ def _add_output_options(parser: argparse.ArgumentParser, vocabulary_size: int) -
     parser.add_argument("--workers", type=_positive, default=2, metavar="N")
 
 
+def _add_max_words(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-words",
+        type=_positive,
+        metavar="N",
+        help="leave out pairs with a side of more words (default: keep all)",
+    )
+
+
 def _run_sample(args: argparse.Namespace) -> int:
     if args.rebuild_from is not None:
         manifest = sample.rebuild_sample(args.rebuild_from, args.out)
@@ -127,7 +136,7 @@ def _run_debian(args: argparse.Namespace) -> int:
     groups = [group for group in args.groups.split(",") if group]
     rule = SplitRule(valid_size=args.valid_size, test_size=args.test_size)
     work = args.work or args.out / "work"
-    build_corpus(args.lang, groups, args.out / RAW, work, rule)
+    build_corpus(args.lang, groups, args.out / RAW, work, rule, args.max_words)
     request = SubwordRequest(args.subwords, args.vocab_size)
     prepare_from_raw(args.out, ENGLISH, args.lang, request, args.workers)
     return 0
@@ -169,12 +178,7 @@ def _add_text(corpora: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 def _add_sample(corpora: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = corpora.add_parser("sample", help="the embedded English-German sample")
     _add_output_options(parser, SAMPLE_VOCABULARY)
-    parser.add_argument(
-        "--max-words",
-        type=_positive,
-        metavar="N",
-        help="leave out pairs with a side of more words (default: keep all)",
-    )
+    _add_max_words(parser)
     parser.add_argument(
         "--rebuild-from",
         type=Path,
@@ -199,6 +203,7 @@ def _add_debian(corpora: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         parser.add_argument(
             f"--{split}-size", type=_positive, default=DEBIAN_EVALUATION_PAIRS, metavar="N"
         )
+    _add_max_words(parser)
     _add_output_options(parser, DEBIAN_VOCABULARY)
     parser.set_defaults(run=_run_debian)
 

@@ -39,6 +39,9 @@ class VQEMTransformerConfig(FairseqDataclass):
     dropout: float = option(0.1, "dropout probability")
     attention_dropout: float = option(0.0, "dropout probability of attention weights")
     activation_dropout: float = option(0.0, "dropout probability inside the feed-forward blocks")
+    latent_dropout: Optional[float] = option(
+        None, "dropout probability of the latent predictor (default: that of --dropout)"
+    )
     max_source_positions: int = option(1024, "longest source in tokens")
     max_target_positions: int = option(1024, "longest target in tokens")
     share_all_embeddings: bool = option(
@@ -155,6 +158,8 @@ def check_config(cfg: VQEMTransformerConfig) -> None:
             " leave it out, or choose one of these with --bottleneck"
         )
     _check_output(cfg)
+    if cfg.latent_dropout is not None and not 0.0 <= cfg.latent_dropout < 1.0:
+        raise UserError(f"--latent-dropout is {cfg.latent_dropout}: it must be in [0, 1)")
     if cfg.embed_dim % cfg.attention_heads:
         raise UserError(
             f"--embed-dim {cfg.embed_dim} is not divisible by --attention-heads"
@@ -267,6 +272,14 @@ def transformer_config(cfg: VQEMTransformerConfig, decoder_layers: int) -> Trans
     result.max_source_positions = cfg.max_source_positions
     result.max_target_positions = cfg.max_target_positions
     result.share_decoder_input_output_embed = True
+    return result
+
+
+def predictor_config(cfg: VQEMTransformerConfig) -> TransformerConfig:
+    """`transformer_config` of the latent predictor."""
+    result = transformer_config(cfg, cfg.latent_layers)
+    if cfg.latent_dropout is not None:
+        result.dropout = cfg.latent_dropout
     return result
 
 

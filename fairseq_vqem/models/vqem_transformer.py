@@ -23,6 +23,7 @@ from fairseq_vqem.models.config import (
     check_config,
     check_effective,
     factorises,
+    predictor_config,
     transformer_config,
 )
 from fairseq_vqem.models.initialise import initialise_from_teacher
@@ -109,9 +110,7 @@ class VQEMTransformer(FairseqEncoderDecoderModel):
         self.latent_dictionary = LatentDictionary(
             cfg.codebook_size, bottleneck.digits if factorises(cfg) else 1
         )
-        self.latent_predictor = LatentPredictor(
-            transformer_config(cfg, cfg.latent_layers), self.latent_dictionary
-        )
+        self.latent_predictor = LatentPredictor(predictor_config(cfg), self.latent_dictionary)
         self.quantise_schedule = parse_schedule(cfg.quantise_schedule, 0.0, 1.0)
         self.gold_schedule = parse_schedule(cfg.gold_schedule, 0.0, 1.0)
         self.predicted_schedule = parse_schedule(cfg.predicted_schedule, 0.0, 1.0)

@@ -245,6 +245,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         for j, b in enumerate(colours[i:])
     ]
     german = [f"Heute {s[-9:-7]} liegt viel Gestein {s[4:8]} drin {s[-20:-9]}." for s in english]
+    english[::5] = [f"{sentence} That is really so." for sentence in english[::5]]
     help_package(folder, "libreoffice-help-en-us", "en-US", [*english, "Short.", english[0]])
     help_package(folder, "libreoffice-help-de", "de", [*german, "Kurz.", german[0]])
     return folder
@@ -283,6 +284,37 @@ def test_whole_build_and_its_resumption(repository: Path, tmp_path: Path) -> Non
     (out / "manifest.json").unlink()
     with pytest.raises(UserError, match=r"fetch the package index.*Failed to fetch.*network"):
         build_corpus("de", ["lohelp"], out, work, RULE)
+
+
+def read_rows(folder: Path) -> set[tuple[str, str, str]]:
+    """Split, English and German of every pair."""
+    rows = set()
+    for split in ("train", "valid", "test"):
+        sides = [(folder / f"{split}.{s}").read_text("utf-8").splitlines() for s in ("en", "de")]
+        rows |= {(split, *pair) for pair in zip(*sides, strict=True)}
+    return rows
+
+
+def test_pairs_with_more_words_are_left_out_of_the_same_split(
+    repository: Path, tmp_path: Path
+) -> None:
+    build_corpus("de", ["lohelp"], tmp_path / "all", tmp_path / "work", RULE)
+    every = read_rows(tmp_path / "all")
+    words = {row: max(len(side.split()) for side in row[1:]) for row in every}
+    limit = max(words.values()) - 1
+    expected = {row for row, count in words.items() if count <= limit}
+    assert 0 < len(expected) < len(every)
+
+    out = tmp_path / "short"
+    manifest = build_corpus("de", ["lohelp"], out, tmp_path / "work", RULE, max_words=limit)
+    assert read_rows(out) == expected
+    dropped = manifest["dropped"]["lohelp"][f"more than {limit} words"]
+    assert dropped == len(every) - len(expected)
+    assert sum(split["pairs"] for split in manifest["splits"].values()) == len(expected)
+    (repository / "offline").touch()
+    assert build_corpus("de", ["lohelp"], out, tmp_path / "work", RULE, max_words=limit) == manifest
+    longer = build_corpus("de", ["lohelp"], out, tmp_path / "work", RULE)
+    assert longer["max_words"] is None and read_rows(out) == every
 
 
 def test_interrupted_group_leaves_no_group_file(

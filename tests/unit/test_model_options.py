@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from bottleneck_helpers import assert_same_state, state
+from fairseq.modules import FairseqDropout
 from model_helpers import assert_user_error, codes, forward, loss_function
 from omegaconf import OmegaConf
 
@@ -42,6 +43,7 @@ from fairseq_vqem.models import VQEMTransformer
         dict(predictor_prior="0.2"),
         dict(predictor_prior="0.2", bottleneck="hard-em"),
         dict(dropout=0.2, attention_dropout=0.1, activation_dropout=0.1),
+        dict(latent_dropout=0.3),
         dict(encoder_layers=2, latent_layers=3, decoder_layers=2),
     ],
     ids=lambda options: "-".join(f"{key}={value}" for key, value in options.items()) or "default",
@@ -64,6 +66,19 @@ def test_layer_counts(tiny: Any) -> None:
     model = tiny.model(encoder_layers=1, latent_layers=2, decoder_layers=3)
     parts = (model.encoder, model.latent_predictor, model.decoder)
     assert [len(part.layers) for part in parts] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(("latent_dropout", "expected"), [(None, 0.2), (0.0, 0.0), (0.4, 0.4)])
+def test_the_predictor_has_a_dropout_of_its_own(
+    tiny: Any, latent_dropout: float | None, expected: float
+) -> None:
+    model = tiny.model(dropout=0.2, latent_dropout=latent_dropout)
+    rates = {
+        part: {m.p for m in getattr(model, part).modules() if isinstance(m, FairseqDropout)}
+        for part in ("encoder", "decoder", "latent_predictor")
+    }
+    for part, found in rates.items():  # 0: of attention weights and activations
+        assert found == {expected if part == "latent_predictor" else 0.2, 0.0}, part
 
 
 # --- errors ---------------------------------------------------------------------------------------
@@ -95,6 +110,7 @@ def test_too_long_target(tiny: Any) -> None:
         (dict(attention_heads=3), "not divisible"),
         (dict(codebook_size=1), "--codebook-size is 1"),
         (dict(bottleneck="vq"), "--bottleneck vq is not known"),
+        (dict(latent_dropout=1.0), "--latent-dropout is 1.0"),
         (dict(quantise_schedule="2"), "above its maximum"),
         (dict(gold_schedule="soon"), "not a schedule"),
         (dict(predictor_prior="-1"), "below its minimum"),

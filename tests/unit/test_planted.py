@@ -63,6 +63,7 @@ def test_training_moves_codes_to_centres() -> None:
     [
         (["--centres", "9"], "semhash does not go with --centres 9 .*power of two"),
         (["--seeds", "0"], "--seeds is 0"),
+        (["--output", "planted.png"], "is the plot beside it"),
     ],
 )
 def test_what_cannot_be_is_refused_before_any_training(

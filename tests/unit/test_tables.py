@@ -114,6 +114,10 @@ def test_mistakes_are_user_errors(root: Path) -> None:
     readme.write_text("<!-- table:demo -->\n<!-- /table:demo -->\n")
     with pytest.raises(UserError, match="demo 2 results"):
         update_markdown(readme, root)
+    latin = root / "latin.md"
+    latin.write_bytes("Größe".encode("latin-1"))
+    with pytest.raises(UserError, match="not text in UTF-8"):
+        update_markdown(latin, root)
     with pytest.raises(UserError, match="does not exist"):
         update_markdown(root / "none.md", root)
 

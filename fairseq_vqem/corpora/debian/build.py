@@ -56,7 +56,12 @@ def check_request(lang: str, groups: Sequence[str]) -> list[str]:
 
 
 def build_corpus(
-    lang: str, groups: Sequence[str], out_dir: Path, work_dir: Path, rule: SplitRule
+    lang: str,
+    groups: Sequence[str],
+    out_dir: Path,
+    work_dir: Path,
+    rule: SplitRule,
+    max_words: int | None = None,
 ) -> dict[str, Any]:
     """Write ``out_dir/{train,valid,test}.{en,LANG,label}`` and ``manifest.json``.
 
@@ -69,6 +74,8 @@ def build_corpus(
         out_dir: receives the splits; a label names the source of each pair.
         work_dir: packages, unpacked files and finished groups; up to some GB.
         rule: sizes of the splits and which pairs may be evaluated on.
+        max_words: leave out pairs with a longer side, in words between spaces, after the split, so
+            that each split is part of the one without a limit; None keeps all.
 
     Returns:
         The manifest: package versions, counts per label and split, drop reasons, SHA-256 per file.
@@ -81,6 +88,7 @@ def build_corpus(
         "source_lang": ENGLISH,
         "target_lang": lang,
         "groups": groups,
+        "max_words": max_words,
         "split_rule": rule.describe(),
         "labels_kept_from_evaluation": sorted(LABELS_KEPT_FROM_EVALUATION),
     }
@@ -103,7 +111,10 @@ def build_corpus(
         dropped[rows[index][0]]["near-duplicate of an evaluation pair"] += 1
     splits = {}
     for split in ("train", "valid", "test"):
-        chosen = [rows[index] for index in getattr(result, split)]
+        every = [rows[index] for index in getattr(result, split)]
+        chosen = [row for row in every if max_words is None or _longest_side(row) <= max_words]
+        for label, *_ in set(every).difference(chosen):
+            dropped[label][f"more than {max_words} words"] += 1
         splits[split] = _write_split(out_dir, split, lang, chosen)
     manifest = {
         **request,
@@ -194,6 +205,10 @@ def _merge(paths: Sequence[Path], dropped: dict[str, Counter[str]]) -> list[Labe
             seen.add(key)
             rows.append((label, english, other))
     return rows
+
+
+def _longest_side(row: LabelledPair) -> int:
+    return max(len(side.split()) for side in row[1:])
 
 
 def _write_split(
