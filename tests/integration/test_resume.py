@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from workshop import ENVIRONMENT, Workshop, state
 
@@ -77,3 +78,26 @@ def test_killed_and_resumed_training_equals_the_unbroken_one(
     assert not bool((last["bottleneck.codebook.counts"] == 1).any()), "no M step was made"
     for update in (SAVE, 2 * SAVE, 3 * SAVE):
         assert_same_training(unbroken, broken, update)
+
+
+GLANCING = ("ctc_nat_tiny", "--criterion", "ctc_nat_loss", "--glat-schedule", "0.5:0.3@12")
+MASKED = (
+    *("cmlm_transformer", "--criterion", "nat_loss", "--noise", "random_mask"),
+    *("--encoder-embed-dim", 32, "--decoder-embed-dim", 32, "--apply-bert-init"),
+    *("--encoder-layers", 1, "--decoder-layers", 1),
+)
+
+
+@pytest.mark.parametrize("model", [GLANCING, MASKED], ids=lambda words: words[0])
+def test_a_resumed_peer_equals_the_unbroken_one(
+    workshop: Workshop, tmp_path: Path, model: tuple[Any, ...]
+) -> None:
+    """Glancing and masking draw random numbers of their own; the break is within an epoch."""
+    words = ("--task", "translation_nat", "--share-all-embeddings", "--arch", *model)
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    for folder, updates in ((unbroken, 12), (broken, 7), (broken, 12)):
+        workshop.train(folder, *words, "--max-update", updates, "--save-interval-updates", 7)
+    assert_same_training(unbroken, broken, 7)
+    ends = [state(folder / "checkpoint_last.pt") for folder in (unbroken, broken)]
+    for part in ("model", "last_optimizer_state"):
+        assert_equal(ends[0][part], ends[1][part], part)
