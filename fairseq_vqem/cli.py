@@ -16,6 +16,7 @@ from fairseq_vqem.analysis import codes, diagnosis, planted, posterior
 from fairseq_vqem.benchmark import command as bench
 from fairseq_vqem.benchmark import latency, scoring, tables
 from fairseq_vqem.compare import command as compare
+from fairseq_vqem.compare import pairs
 from fairseq_vqem.corpora import distill, prepare
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.export import command as export
@@ -24,7 +25,7 @@ from fairseq_vqem.peers import alignments
 from fairseq_vqem.pipeline import command as pipeline
 
 COMMANDS = (
-    *(prepare, alignments, distill, pipeline, compare, export, images),
+    *(prepare, alignments, distill, pipeline, compare, pairs, export, images),
     *(posterior, codes, diagnosis, scoring, latency, bench, tables, planted),
 )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fairseq_vqem.benchmark.scoring import SEED, paired_bootstrap, score
+from fairseq_vqem.benchmark.scoring import SEED, score
 from fairseq_vqem.benchmark.signature import make_signature
 from fairseq_vqem.benchmark.tables import (
     MISSING,
@@ -14,6 +14,7 @@ from fairseq_vqem.benchmark.tables import (
     mean_and_spread,
     write_table,
 )
+from fairseq_vqem.compare.pairs import PAIR_COLUMNS, PAIRS, pair_rows
 from fairseq_vqem.compare.report import (
     DATA,
     LENGTH,
@@ -21,14 +22,13 @@ from fairseq_vqem.compare.report import (
     THREADS,
     TRAINING,
     Findings,
-    p_text,
     students_with_latents,
 )
 from fairseq_vqem.pipeline.recipe import START
 from fairseq_vqem.pipeline.report import used_validation, validation_curve
 from fairseq_vqem.pipeline.stages import TEACHER, Run
 
-SUMMARY, PAIRS, GROUPS, LATENTS, CURVES = "summary", "pairs", "groups", "latents", "curves"
+SUMMARY, GROUPS, LATENTS, CURVES = "summary", "groups", "latents", "curves"
 TITLES = {
     SUMMARY: "In short",
     PAIRS: "Differences between systems, paired bootstrap",
@@ -37,7 +37,6 @@ TITLES = {
     CURVES: "Validation BLEU during training",
 }
 NOT_IN_SHORT = (DATA, LENGTH, THREADS, TRAINING, MEMORY, "latency_p90_ms")
-PAIR_COLUMNS = ("Against", "BLEU", "p (BLEU)", "chrF", "p (chrF)")
 GROUP_COLUMNS = ("Systems", "BLEU", "chrF", "Length", "Validation BLEU", "Posterior BLEU")
 LATENT_COLUMNS = {
     "BLEU": "valid_bleu",
@@ -71,13 +70,13 @@ def write_further_tables(
     Returns:
         The tables by their titles.
     """
-    run = findings.run
+    run, pairs = findings.run, findings.settings.pairs
     tables = {}
     by_name = {row.system: row for row in whole.rows}
     in_short = [key for key in whole.columns[1:] if key not in NOT_IN_SHORT]
     for name, rows, columns in (
         (SUMMARY, [by_name[system] for system in findings.settings.summary], in_short),
-        (PAIRS, pair_rows(findings), PAIR_COLUMNS),
+        (PAIRS, pair_rows(pairs, findings.hypotheses, findings.references), PAIR_COLUMNS),
         (GROUPS, group_rows(findings), GROUP_COLUMNS),
         (LATENTS, latent_rows(findings), tuple(LATENT_COLUMNS)),
         (CURVES, curve_rows(trainings), CURVE_COLUMNS),
@@ -98,20 +97,6 @@ def write_further_tables(
         write_table(path, table, signature)
         tables[TITLES[name]] = table
     return tables
-
-
-def pair_rows(findings: Findings) -> list[ResultRow]:
-    """Each pair of ``settings.pairs``: the difference of the first to the second, tested."""
-    rows = []
-    for system, other in findings.settings.pairs:
-        both = {name: findings.hypotheses[name] for name in (other, system)}
-        base, found = paired_bootstrap(both, findings.references)
-        cells = (
-            *(other, f"{found.bleu - base.bleu:+.2f}", p_text(found.bleu_p)),
-            *(f"{found.chrf - base.chrf:+.2f}", p_text(found.chrf_p)),
-        )
-        rows.append(ResultRow(system, extra=dict(zip(PAIR_COLUMNS, cells, strict=True))))
-    return rows
 
 
 def group_rows(findings: Findings) -> list[ResultRow]:

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,6 +64,24 @@ def write_columns(path: Path, columns: Mapping[str, Sequence[str]]) -> None:
     lines = ["\t".join(cell.replace("\t", " ") for cell in row) + "\n" for row in rows]
     with replacing(path) as temporary:
         temporary.write_bytes(gzip.compress("".join(lines).encode("utf-8"), mtime=0))
+
+
+def read_columns(path: Path) -> dict[str, list[str]]:
+    """What `write_columns` wrote, by name.
+
+    Raises:
+        UserError: the file is missing or is no such table.
+    """
+    try:
+        text = gzip.decompress(path.read_bytes()).decode("utf-8")
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist; check the path.") from error
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise UserError(f"{path} is not a gzipped table ({error}); make it again.") from error
+    names, *rows = [line.split("\t") for line in text.split("\n")[:-1]] or [[]]
+    if any(len(row) != len(names) for row in rows):
+        raise UserError(f"{path} has rows of other lengths than its first; make it again.")
+    return {name: [row[place] for row in rows] for place, name in enumerate(names)}
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import gzip
 import json
 import re
 from dataclasses import replace
@@ -12,12 +14,12 @@ import numpy as np
 import pytest
 
 from fairseq_vqem.benchmark.tables import ResultRow, ResultTable
-from fairseq_vqem.compare import further
+from fairseq_vqem.compare import further, pairs
 from fairseq_vqem.compare.fairness import check_complete, check_no_leak, check_same_outputs
 from fairseq_vqem.compare.further import Curve, curve_rows
 from fairseq_vqem.compare.page import write_page
 from fairseq_vqem.compare.settings import read_settings
-from fairseq_vqem.corpora.files import write_lines
+from fairseq_vqem.corpora.files import read_columns, write_columns, write_lines
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.pipeline.kept import file_name
 from fairseq_vqem.pipeline.recipe import Options, Recipe
@@ -154,6 +156,47 @@ def test_curves_count_the_updates_of_the_start(
     assert list(found["b"].values()) == ["6 + 3", "6 + 3", "3", "5.0"]
     assert list(found["c"].values()) == ["9 + 7", "9 + 7", "7", "6.2"]
     assert found["teacher"]["BLEU"] == "1.0 2.0" and found["d"]["Updates"] == "1"
+
+
+def pairs_command(tmp_path: Path, names: list[str], compare: dict[str, Any]) -> int:
+    recipe_file = tmp_path / "recipe.yaml"
+    content = {"name": "x", "prepare": {}, "common": {}, "teacher": {}, "students": {"student": {}}}
+    recipe_file.write_text(json.dumps({**content, "compare": compare}))
+    texts = {name: [f"{name} writes {n} words." for n in range(4)] for name in names}
+    write_columns(tmp_path / "texts.tsv.gz", texts)
+    parser = argparse.ArgumentParser()
+    pairs.register(parser.add_subparsers())
+    words = ["pairs", str(recipe_file), "--translations", str(tmp_path / "texts.tsv.gz")]
+    arguments = parser.parse_args(words)
+    return int(arguments.run(arguments))
+
+
+def test_pairs_that_cannot_be_tested_again(tmp_path: Path) -> None:
+    two = [["student", TEACHER_BEAM]]
+    assert pairs_command(tmp_path, ["reference", "student", TEACHER_BEAM], {"pairs": two}) == 0
+    with pytest.raises(UserError, match="names no pairs"):
+        pairs_command(tmp_path, ["reference"], {})
+    for names, lacking in ((["student"], "reference"), (["reference", "student"], TEACHER_BEAM)):
+        with pytest.raises(UserError, match=f"lacks '{lacking}': give the translations"):
+            pairs_command(tmp_path, names, {"pairs": two})
+
+
+def test_columns_come_back_and_other_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "columns.tsv.gz"
+    columns = {"a": ["one", "", "with\ttab"], "b, c": ["1", "2", "3"]}
+    write_columns(path, columns)
+    assert read_columns(path) == {**columns, "a": ["one", "", "with tab"]}
+    damaged = path.read_bytes()[:-9]
+    for content, message in (
+        (b"plain", "not a gzipped table"),
+        (damaged, "not a gzipped table"),
+        (gzip.compress(b"a\tb\n1\n"), "rows of other lengths"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            read_columns(path)
+    with pytest.raises(UserError, match="does not exist"):
+        read_columns(tmp_path / "none.tsv.gz")
 
 
 def test_page_needs_nothing_else(tmp_path: Path) -> None:

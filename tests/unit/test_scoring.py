@@ -6,11 +6,17 @@ import argparse
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import sacrebleu
 
 from fairseq_vqem.benchmark import scoring
-from fairseq_vqem.benchmark.scoring import paired_bootstrap, read_generate_output, score
+from fairseq_vqem.benchmark.scoring import (
+    difference_intervals,
+    paired_bootstrap,
+    read_generate_output,
+    score,
+)
 from fairseq_vqem.benchmark.signature import read_result
 from fairseq_vqem.errors import UserError
 
@@ -60,6 +66,24 @@ def test_paired_bootstrap_tells_better_from_equal() -> None:
     assert bad.bleu_p is not None and bad.bleu_p < 0.01 and bad.bleu < base.bleu
     assert same.bleu_p == 1.0 and same.chrf == base.chrf
     assert results == paired_bootstrap({"base": GOOD, "bad": BAD, "same": list(GOOD)}, REFERENCES)
+
+
+def test_intervals_of_differences_are_percentiles_over_resamples() -> None:
+    found = difference_intervals(BAD, GOOD, REFERENCES, samples=40, seed=3)
+    draws = np.random.default_rng(3).choice(30, size=(40, 30))
+    for name, score_of in (("BLEU", sacrebleu.corpus_bleu), ("chrF", sacrebleu.corpus_chrf)):
+        differences = []
+        for draw in draws:
+            bad, good, references = ([side[n] for n in draw] for side in (BAD, GOOD, REFERENCES))
+            scores = [score_of(side, [references]).score for side in (bad, good)]
+            differences.append(scores[0] - scores[1])
+        assert found[name] == pytest.approx(np.percentile(differences, (2.5, 97.5)))
+    assert found["BLEU"][1] < 0
+    mirrored = difference_intervals(GOOD, BAD, REFERENCES, samples=40, seed=3)
+    assert mirrored["BLEU"] == pytest.approx([-end for end in reversed(found["BLEU"])])
+    assert set(difference_intervals(GOOD, GOOD, REFERENCES, samples=9).values()) == {(0.0, 0.0)}
+    with pytest.raises(UserError, match="29 hypotheses"):
+        difference_intervals(GOOD, BAD[1:], REFERENCES)
 
 
 def generate_output(path: Path, numbers: list[int]) -> Path:
