@@ -35,7 +35,11 @@ from fairseq_vqem.compat.messages import (
 )
 from fairseq_vqem.compat.patching import original
 from fairseq_vqem.compat.processes import enable_cpu_data_parallel, enable_torchrun
-from fairseq_vqem.compat.updates import average_whole_numbers_never, discard_rejected_statistics
+from fairseq_vqem.compat.updates import (
+    average_whole_numbers_never,
+    average_with_versions,
+    discard_rejected_statistics,
+)
 
 __all__ = [
     "SynchronisedStopwatch",
@@ -43,6 +47,7 @@ __all__ = [
     "allow_in_checkpoints",
     "apply",
     "average_whole_numbers_never",
+    "average_with_versions",
     "convolve_in_float32",
     "copy_checkpoints_atomically",
     "discard_rejected_statistics",
@@ -79,6 +84,7 @@ def apply() -> None:
     convolve_in_float32()
     discard_rejected_statistics()
     average_whole_numbers_never()
+    average_with_versions()
     mend_rerank()
     synchronise_generation_timer()
     honour_sacrebleu_flag()

@@ -73,6 +73,24 @@ def average_whole_numbers_never() -> None:
     patch(EMA, "_step_internal", build)
 
 
+def average_with_versions() -> None:
+    """The average of a Transformer loses its last layer normalisations.
+
+    fairseq leaves ``…version`` out of the state that the average is loaded from, and its encoder
+    and decoder take a state without one for that of an old model, which had no such normalisation.
+    """
+
+    def build(restore: Callable[..., None]) -> Callable[..., None]:
+        def with_versions(self: EMA, state: dict[str, Tensor], *args: Any, **options: Any) -> None:
+            own = self.model.state_dict()
+            versions = {name: value for name, value in own.items() if name.endswith("version")}
+            restore(self, {**versions, **state}, *args, **options)
+
+        return with_versions
+
+    patch(EMA, "restore", build)
+
+
 def _resize(model: nn.Module, name: str, value: Tensor) -> None:
     """Give the buffer ``name`` the shape of ``value``; a parameter's shape cannot change."""
     owner, _, attribute = name.rpartition(".")

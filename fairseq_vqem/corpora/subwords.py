@@ -24,6 +24,7 @@ TRAINING_THREADS = 2
 RANDOM_SEED = 1
 WORD_START = "\u2581"
 JOINER = "@@"
+RARE = 0.01  # share of a dictionary's symbols
 FAIRSEQ_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
 # A piece list has <unk>, <s> and </s>; a fairseq dictionary has <s>, <pad>, </s> and <unk>.
 SENTENCEPIECE_TO_FAIRSEQ_SPECIALS = 1
@@ -136,10 +137,15 @@ SUBWORD_FILES = tuple(model.file_name for model in _MODELS.values())
 
 
 def post_process_of(symbols: Sequence[str]) -> str | None:
-    """fairseq's ``--post-process`` that joins subwords of a dictionary, None for whole words."""
-    if any(WORD_START in symbol for symbol in symbols):
+    """fairseq's ``--post-process`` that joins subwords of a dictionary, None for whole words.
+
+    A few symbols prove nothing: the mark of sentencepiece is a character that texts may have.
+    """
+    starts = sum(symbol.startswith(WORD_START) for symbol in symbols)
+    joined = sum(symbol.endswith(JOINER) for symbol in symbols)
+    if starts > joined and starts >= RARE * len(symbols):
         return "sentencepiece"
-    return "subword_nmt" if any(symbol.endswith(JOINER) for symbol in symbols) else None
+    return "subword_nmt" if joined >= RARE * len(symbols) and joined else None
 
 
 def load_subwords(directory: Path) -> SubwordModel:

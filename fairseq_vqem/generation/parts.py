@@ -5,12 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from fairseq.dataclass.configs import GenerationConfig
 from torch import Tensor
 
 from fairseq_vqem.errors import UserError
 
 MOST_TOKENS = 8192
 """Source tokens times candidates decoded in one batch: 1-2 GB of logits."""
+
+LEFT_TO_RIGHT = (
+    *("score_reference", "sampling", "sampling_topk", "sampling_topp", "temperature"),
+    *("diverse_beam_groups", "diversity_rate", "no_repeat_ngram_size", "match_source_len"),
+    *("lenpen", "unkpen", "min_len", "max_len_a", "max_len_b", "lm_path"),
+    *("print_alignment", "replace_unk", "retain_dropout"),
+)
+"""Options of fairseq's autoregressive search."""
 
 
 def in_parts(sample: dict[str, Any], candidates: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -25,6 +34,25 @@ def in_parts(sample: dict[str, Any], candidates: int) -> Iterator[tuple[Tensor, 
     if candidates > 1:
         size = max(1, MOST_TOKENS // (candidates * width))
     yield from zip(inputs["src_tokens"].split(size), inputs["src_lengths"].split(size), strict=True)
+
+
+def refuse_ignored_options(options: Any) -> None:
+    """Raise UserError for fairseq-generate's options that would change nothing, or crash.
+
+    Those of harmless use, such as ``--beam`` in a script that decodes many models, may stay.
+
+    Args:
+        options: fairseq's generation config, or a namespace with some of its entries.
+    """
+    defaults = GenerationConfig()
+    given = [
+        name
+        for name in LEFT_TO_RIGHT
+        if getattr(options, name, getattr(defaults, name)) != getattr(defaults, name)
+    ]
+    if given:
+        flags = " and ".join("--" + name.replace("_", "-") for name in given)
+        raise UserError(f"parallel decoding does not read {flags}: leave it out")
 
 
 def refuse_forced_words(prefix_tokens: Tensor | None, constraints: Tensor | None) -> None:

@@ -142,10 +142,12 @@ def check_config(cfg: VQEMTransformerConfig) -> None:
             f"--codebook-size is {cfg.codebook_size}: a codebook needs at least 2 codes"
         )
     bottleneck_options(cfg)
-    if cfg.codebook_size > LARGEST_JOINT_CODEBOOK and cfg.num_codebooks == 1:
+    joint = cfg.num_codebooks == 1 or not factorises(cfg)
+    if cfg.codebook_size > LARGEST_JOINT_CODEBOOK and joint:
         raise UserError(
             f"--codebook-size {cfg.codebook_size} is too large for one codebook: use at most"
-            f" {LARGEST_JOINT_CODEBOOK} codes or several codebooks (--num-codebooks)"
+            f" {LARGEST_JOINT_CODEBOOK} codes or several codebooks (--num-codebooks), and no"
+            " --code-stream joint"
         )
     if cfg.compress_steps < 1:
         raise UserError(f"--compress-steps is {cfg.compress_steps}: it must be at least 1")

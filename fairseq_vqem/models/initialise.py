@@ -20,9 +20,15 @@ SOURCES = {
     "decoder.layers.": ("decoder.layers.", "latent_predictor.layers."),
     "decoder.layer_norm.": ("decoder.layer_norm.", "latent_predictor.layer_norm."),
     "decoder.embed_tokens.": ("decoder.embed_tokens.",),
+    "decoder.output_projection.": ("decoder.output_projection.",),
 }
 LAST_NORMS = ("encoder.layer_norm.weight", "decoder.layer_norm.weight")  # of pre-norm stacks
-UNSHARED = "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"
+TIED = {  # pairs that may be one matrix -> what makes them one in a teacher
+    ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"): "--share-all-embeddings",
+    ("decoder.embed_tokens.weight", "decoder.output_projection.weight"): (
+        "--share-decoder-input-output-embed"
+    ),
+}
 PARTS = {  # that a student may lack
     "encoder.layernorm_embedding.weight": "--layernorm-embedding",
     "encoder.embed_positions.weight": "--encoder-learned-pos",
@@ -78,25 +84,28 @@ def _check_parts(model: nn.Module, teacher: Mapping[str, Tensor], checkpoint: st
     for name, flag in PARTS.items():
         if name in teacher and name not in own:
             raise UserError(f"--init-from {checkpoint}: train the teacher without {flag}")
-    source, target = (own.get(name) for name in UNSHARED)
-    if source is not None and target is not None and source.data_ptr() == target.data_ptr():
-        theirs = [teacher[name] for name in UNSHARED if name in teacher]
-        if not all(torch.equal(theirs[0], other) for other in theirs):
+    for names, flag in TIED.items():
+        if not all(name in own and name in teacher for name in names):
+            continue
+        one, other = (own[name].data_ptr() for name in names)
+        if one == other and not torch.equal(*(teacher[name] for name in names)):
             raise UserError(
-                f"--init-from {checkpoint}: its source and target embeddings differ and this model"
-                " has one for both; train the teacher with --share-all-embeddings"
+                f"--init-from {checkpoint}: {' and '.join(names)} differ there and are one in this"
+                f" model; train the teacher with {flag}"
             )
 
 
 def _check_computation(model: Any, config: Any, checkpoint: str) -> None:
     """What no shape shows: heads and activation."""
     layer = model.encoder.layers[0]
-    heads = _option(config, "encoder_attention_heads")
-    if heads not in (None, layer.self_attn.num_heads):
-        raise UserError(
-            f"--init-from {checkpoint}: it has {heads} attention heads and this model"
-            f" {layer.self_attn.num_heads}; give both the same number"
-        )
+    for side in ("encoder", "decoder"):
+        heads = _option(config, f"{side}_attention_heads")
+        own = getattr(model, side).layers[0].self_attn.num_heads
+        if heads not in (None, own):
+            raise UserError(
+                f"--init-from {checkpoint}: its {side} has {heads} attention heads and this model's"
+                f" {own}; give both the same number"
+            )
     activation = _option(config, "activation_fn")
     if activation and utils.get_activation_fn(activation) is not layer.activation_fn:
         raise UserError(

@@ -215,8 +215,11 @@ class VQEMTransformer(FairseqEncoderDecoderModel):
         if weight == 0.0:
             return self.bottleneck(rows)
         with torch.no_grad():
-            nearest = self.latent_tokens(self.bottleneck.modes(float32_rows(rows)), latent_mask)
+            with torch.autocast(rows.device.type, enabled=False):
+                modes = self.bottleneck.modes(float32_rows(rows))
+            nearest = self.latent_tokens(modes, latent_mask)
             logits = self.predict_latents(nearest, encoder_out)[:, :-1][latent_mask].float()
+        torch.clear_autocast_cache()  # before torch 2.11 it would hand on weights without gradient
         log_prior = torch.log_softmax(logits[:, self.latent_dictionary.offset :], -1)
         return self.bottleneck(rows, weight * log_prior)
 

@@ -87,6 +87,7 @@ def glancing_pass(
         with torch.no_grad():
             logits = decoder(inputs, frames, encoder_out)
             aligned, glanced = frames_to_show(logits, frames, words, counts, blank, ratio)
+        torch.clear_autocast_cache()  # before torch 2.11 it would hand on weights without gradient
         embedded = decoder.embed_scale * decoder.embed_tokens(aligned)
         inputs = torch.where(glanced.unsqueeze(-1), embedded, inputs)
     return CTCOutput(decoder(inputs, frames, encoder_out), frames, glanced, words, counts)

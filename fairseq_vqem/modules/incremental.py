@@ -109,6 +109,11 @@ class _Layer:
         return attention.out_proj(attended.transpose(1, 2).reshape(x.size(0), -1))
 
 
+def version(parameter: Tensor) -> int:
+    """Changes with the parameter's values; of a model made in inference mode they cannot change."""
+    return 0 if parameter.is_inference() else parameter._version
+
+
 def fused_projection(attention: Any, parts: str) -> tuple[Tensor, Tensor]:
     """Weight and bias of fairseq's separate projections ``parts`` (of q, k, v) as one.
 
@@ -117,7 +122,7 @@ def fused_projection(attention: Any, parts: str) -> tuple[Tensor, Tensor]:
     """
     modules = [getattr(attention, f"{part}_proj") for part in parts]
     parameters = [p for module in modules for p in (module.weight, module.bias)]
-    state = [(p.data_ptr(), p._version, p.dtype, p.device) for p in parameters]
+    state = [(p.data_ptr(), version(p), p.dtype, p.device) for p in parameters]
     kept = getattr(attention, "_fused", {})
     if parts not in kept or kept[parts][0] != state:
         weight = torch.cat([module.weight.detach() for module in modules])

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fairseq_vqem.corpora.subwords import post_process_of
 from fairseq_vqem.errors import UserError
+from fairseq_vqem.generation.parts import refuse_ignored_options
 from fairseq_vqem.models.config import option
 from fairseq_vqem.models.initialise import initialise_from_teacher
 from fairseq_vqem.peers.alignments import alignment_prefix
@@ -142,6 +143,7 @@ class TranslationNATTask(TranslationLevenshteinTask):
 
     def build_generator(self, models: Sequence[Any], args: Any, **unused: Any) -> ParallelGenerator:
         check_source_copy(models[0], self.cfg)
+        refuse_ignored_options(args)
         candidates = getattr(args, "iter_decode_with_beam", 1) > 1
         searched = candidates and rules_of(models[0]).prefix_beam
         kind = PrefixBeamGenerator if searched else ParallelGenerator

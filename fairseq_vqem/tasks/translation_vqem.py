@@ -5,10 +5,12 @@ import os
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from fairseq import metrics, utils
+from fairseq.data import encoders
 from fairseq.dataclass import ChoiceEnum
 from fairseq.tasks import register_task
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
@@ -19,6 +21,7 @@ from fairseq_vqem.corpora.subwords import post_process_of
 from fairseq_vqem.criterions.vqem_loss import VQEMLoss
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.generation.latent_generator import RESCORES, LatentGenerator, read_words
+from fairseq_vqem.generation.parts import refuse_ignored_options
 from fairseq_vqem.generation.records import LatentSearchOptions
 from fairseq_vqem.models.config import option
 from fairseq_vqem.models.vqem_transformer import VQEMTransformer
@@ -144,6 +147,7 @@ class TranslationVQEMTask(LearnsCodebook, TranslationTask):
                 " translation for an autoregressive one, or give it last (--path"
                 " student.pt:teacher.pt) with --rescore teacher"
             )
+        refuse_ignored_options(args)
         rescore = str(self.cfg.rescore)
         if getattr(args, "iter_decode_with_external_reranker", False):
             rescore = "teacher"
@@ -227,7 +231,8 @@ class TranslationVQEMTask(LearnsCodebook, TranslationTask):
         references = [
             utils.strip_pad(row, self.target_dictionary.pad()) for row in sample["target"]
         ]
-        bleu = BLEU(effective_order=False).corpus_score(
+        tokenize = "none" if self.cfg.eval_tokenized_bleu else None  # as fairseq's --eval-bleu
+        bleu = BLEU(effective_order=False, tokenize=tokenize).corpus_score(
             [self.detokenise(h) for h in hypotheses],
             [[self.detokenise(r, "UNKNOWNTOKENINREF") for r in references]],
         )
@@ -240,9 +245,14 @@ class TranslationVQEMTask(LearnsCodebook, TranslationTask):
     def detokenise(self, tokens: Tensor, unknown: str = "UNKNOWNTOKENINHYP") -> str:
         own = post_process_of(self.target_dictionary.symbols)
         post_process = self.cfg.eval_bleu_remove_bpe or own
-        return str(
-            self.target_dictionary.string(tokens.int().cpu(), post_process, unk_string=unknown)
-        )
+        text = self.target_dictionary.string(tokens.int().cpu(), post_process, unk_string=unknown)
+        return str(self.detokeniser.decode(text) if self.detokeniser else text)
+
+    @cached_property
+    def detokeniser(self) -> Any:
+        """What --eval-bleu-detok names, as fairseq's --eval-bleu reads it."""
+        options = json.loads(self.cfg.eval_bleu_detok_args or "{}")
+        return encoders.build_tokenizer(Namespace(tokenizer=self.cfg.eval_bleu_detok, **options))
 
     def reduce_metrics(self, logging_outputs: list[dict[str, Any]], criterion: Any) -> None:
         super().reduce_metrics(logging_outputs, criterion)

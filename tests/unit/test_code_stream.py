@@ -201,3 +201,5 @@ def test_large_products_are_factorised(tiny: Any) -> None:
     assert len(model.latent_dictionary) == model.latent_dictionary.offset + 2 * 2**9
     with pytest.raises(UserError, match="--codebook-size 262144 is too large for one codebook"):
         tiny.model(codebook_size=2**18)
+    with pytest.raises(UserError, match="and no --code-stream joint"):
+        tiny.model(codebook_size=2**18, num_codebooks=2, code_stream="joint")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -76,6 +77,27 @@ def test_the_average_of_a_model_copies_its_counters(kind: str, fp32: bool) -> No
         else:
             wanted = 0.75 * start[name] + 0.25 * value
             torch.testing.assert_close(averaged[name], wanted, msg=name)
+
+
+@pytest.mark.parametrize("fp32", [False, True])
+def test_the_average_of_a_transformer_keeps_its_last_normalisations(tiny: Any, fp32: bool) -> None:
+    model = tiny.model()
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    ema = EMA(model, EMAConfig(store_ema=True, ema_decay=0.75, ema_fp32=fp32))
+    for update in (1, 2):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(update)
+        ema.step(model, update)
+    averaged = ema.get_model().state_dict()
+    assert averaged.keys() == start.keys()
+    for part in ("encoder", "decoder", "latent_predictor"):
+        assert float(averaged[f"{part}.version"]) == 3.0
+        for name in (f"{part}.layer_norm.weight", f"{part}.layers.0.fc1.weight"):
+            torch.testing.assert_close(averaged[name], start[name] + 0.25 * (0.75 * 1 + 3))
+    resumed = EMA(model, EMAConfig(store_ema=True, ema_decay=0.75, ema_fp32=fp32))
+    resumed.restore(averaged, build_fp32_params=fp32)
+    assert_same_state(averaged, resumed.get_model().state_dict())
 
 
 def test_models_without_a_codebook_are_left_alone() -> None:

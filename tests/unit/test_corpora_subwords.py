@@ -133,3 +133,8 @@ def test_the_joiner_of_a_dictionary() -> None:
     assert post_process_of(["<s>", "\u2581the", "x"]) == "sentencepiece"
     assert post_process_of(["the", "di@@", "alog"]) == "subword_nmt"
     assert post_process_of(["the", "@@"[0]]) is None
+    words = [f"word{number}" for number in range(300)]
+    stray = ["\u2581\u2582@@", "\u2581"]  # a bar chart in the text
+    assert post_process_of([*words, *stray]) is None
+    assert post_process_of([*words[:150], *(f"{w}@@" for w in words), *stray]) == "subword_nmt"
+    assert post_process_of([*words, *("\u2581" + w for w in words), "x@@"]) == "sentencepiece"

@@ -44,6 +44,15 @@ def test_steps_equal_one_pass(tiny: Any, width: int, options: dict[str, Any]) ->
         assert (logits[:, ~possible] < -1e30).all()
 
 
+def test_a_predictor_made_in_inference_mode(tiny: Any) -> None:
+    """Its parameters have no version that tells when they change: they cannot."""
+    batch = tiny.batch(tiny.pairs(2))
+    with torch.inference_mode():
+        model = tiny.model(seed=1)
+        stepwise = CachedPredictor(model.latent_predictor, encode(model, batch), 1)
+        assert stepwise.advance(prefixes(model, 2, 1)[:, 0]).isfinite().any()
+
+
 @torch.no_grad()
 def test_reordered_beams_keep_their_past(tiny: Any) -> None:
     model, batch, width = tiny.model(seed=2), tiny.batch(tiny.pairs(3)), 4

@@ -109,6 +109,24 @@ def test_init_from_starts_every_peer(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("plain_loading")
+def test_init_from_copies_an_output_layer_of_its_own(tmp_path: Path) -> None:
+    task = make_task(noise="random_mask")
+    path = save_teacher(task, tmp_path, layers=1)
+    state = torch.load(path)
+    output = "decoder.output_projection.weight"
+    state["model"][output] = torch.randn_like(state["model"][output])
+    torch.save(state, path)
+    task.cfg.init_from = str(path)
+    config = model_config(
+        "cmlm_transformer", encoder_normalize_before=True, decoder_normalize_before=True
+    )
+    config.share_all_embeddings = config.share_decoder_input_output_embed = False
+    own = task.build_model(config).state_dict()
+    for name in (output, "decoder.embed_tokens.weight", "encoder.embed_tokens.weight"):
+        assert torch.equal(own[name], state["model"][name]), name
+
+
+@pytest.mark.usefixtures("plain_loading")
 @pytest.mark.parametrize("after", ["encoder", "decoder"])
 def test_init_from_refuses_a_peer_that_normalises_after(after: str, tmp_path: Path) -> None:
     task = make_task(noise="full_mask")
@@ -127,7 +145,8 @@ def test_init_from_is_not_read_for_a_checkpoint(tiny: Any) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"encoder_attention_heads": 4}, "4 attention heads and this model 2"),
+        ({"encoder_attention_heads": 4}, "encoder has 4 attention heads and this model's 2"),
+        ({"decoder_attention_heads": 4}, "decoder has 4 attention heads and this model's 2"),
         ({"activation_fn": "gelu"}, "--activation-fn gelu is not this model's"),
     ],
 )
@@ -148,6 +167,7 @@ def test_teachers_with_other_parts_are_refused(tiny: Any, tmp_path: Path) -> Non
     embeddings = state["model"]["encoder.embed_tokens.weight"]
     for name, value, message in (
         ("decoder.embed_tokens.weight", embeddings + 1, "--share-all-embeddings"),
+        ("decoder.output_projection.weight", embeddings + 1, "--share-decoder-input-output-embed"),
         ("encoder.layernorm_embedding.weight", NO_PARAMETER, "without --layernorm-embedding"),
         ("encoder.embed_positions.weight", NO_PARAMETER, "without --encoder-learned-pos"),
     ):

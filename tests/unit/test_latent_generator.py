@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from fairseq.dataclass.configs import GenerationConfig
 from generation_helpers import generate, words
 from model_helpers import assert_user_error
 from teacher_helpers import tiny_teacher
@@ -196,6 +197,22 @@ def test_the_task_builds_the_generator(tiny: Any) -> None:
         generator, [model, tiny_teacher(tiny.task())], tiny.batch(tiny.pairs(3))
     )
     assert [len(group) for group in hypotheses] == [5, 5, 5]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("score_reference", True), ("sampling", True), ("lenpen", 2.0), ("max_len_b", 50)),
+        *(("print_alignment", "hard"), ("retain_dropout", True)),
+    ],
+)
+def test_options_of_left_to_right_search_are_refused(tiny: Any, option: str, value: Any) -> None:
+    args = GenerationConfig(beam=1, nbest=2)
+    tiny.task().build_generator([tiny.model()], args)
+    setattr(args, option, value)
+    flag = "--" + option.replace("_", "-")
+    message = f"parallel decoding does not read {flag}: leave it out"
+    assert_user_error(message, lambda: tiny.task().build_generator([tiny.model()], args))
 
 
 def test_errors(tiny: Any) -> None:

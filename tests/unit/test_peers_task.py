@@ -71,7 +71,10 @@ def test_source_copy_needs_right_padding() -> None:
         check_training(model, task.cfg)
     with pytest.raises(UserError, match="--left-pad-source"):
         task.build_generator([model], Namespace())
-    make_task(noise="full_mask", left_pad_source=False).build_generator([model], Namespace())
+    task = make_task(noise="full_mask", left_pad_source=False)
+    task.build_generator([model], Namespace(lenpen=1.0, beam=1))
+    with pytest.raises(UserError, match="does not read --lenpen"):
+        task.build_generator([model], Namespace(lenpen=0.5))
 
 
 @pytest.mark.parametrize("left", [True, False])

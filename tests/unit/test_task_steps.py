@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from itertools import groupby
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from fairseq.data import encoders
 from model_helpers import assert_user_error
 from omegaconf import OmegaConf
 from torch import Tensor
@@ -131,6 +133,28 @@ def test_unfit_decoding_is_refused_before_training(
     assert task.build_model(config).training
     task = tiny.task(eval_latent_bleu=True, eval_bleu_args="{}", **options)
     assert_user_error(message, lambda: task.build_model(config))
+
+
+def test_bleu_of_validation_honours_fairseq_s_options(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = tiny.dictionary(0)
+    words.add_symbol("one,two")
+    row = torch.tensor([4, 4, 2])
+    sample = {"target": row[None]}
+    for tokenised, length in ((False, 6), (True, 2)):
+        log = tiny.task(words, eval_tokenized_bleu=tokenised).bleu_statistics("b", [row], sample)
+        assert log["_b_sys_len"] == log["_b_ref_len"] == length
+    asked: list[Any] = []
+
+    def build(options: Any) -> Any:
+        asked.append(options)
+        return SimpleNamespace(decode=str.upper)
+
+    monkeypatch.setattr(encoders, "build_tokenizer", build)
+    task = tiny.task(words, eval_bleu_detok="moses", eval_bleu_detok_args='{"target_lang": "de"}')
+    assert task.detokenise(row) == "ONE,TWO ONE,TWO"
+    assert (asked[0].tokenizer, asked[0].target_lang, len(asked)) == ("moses", "de", 1)
 
 
 def test_subwords_are_joined_for_bleu(tiny: Any) -> None:
