@@ -12,6 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from fairseq_vqem.benchmark.signature import PACKAGE, git_state
 from fairseq_vqem.corpora.files import read_json, write_json
 from fairseq_vqem.errors import UserError
 
@@ -53,8 +54,9 @@ def train(
         run_logged(command, sink, title, max_update, folder / MEMORY)
     if not best.is_file():
         raise UserError(f"{title} left no checkpoint: see {log}")
-    memory = read_json(folder / MEMORY)
-    write_json(folder / FINISHED, {"updates": max_update, "peak_memory_mib": memory})
+    commit, _ = git_state(PACKAGE)  # a later report, with other code, reuses the training
+    finished = {"updates": max_update, "peak_memory_mib": read_json(folder / MEMORY)}
+    write_json(folder / FINISHED, {**finished, "commit": commit})
     return best
 
 

@@ -191,6 +191,12 @@ def test_the_codes_of_the_checkpoint_used_are_reported(compared: Path) -> None:
     assert float(row.extra["BLEU"]) == pytest.approx(checkpoint["extra_state"]["best"], abs=0.01)
 
 
+def test_the_commit_of_each_training_is_reported(compared: Path) -> None:
+    result = json.loads((report_of(compared) / "compare.json").read_text("utf-8"))
+    commits = {training["commit"] for training in result["training"].values()}
+    assert commits == {result["signature"]["commit"]}
+
+
 def test_the_curve_of_each_training_is_reported(compared: Path) -> None:
     table, _ = read_table(report_of(compared) / "curves.json")
     found = {row.system: row.extra for row in table.rows}

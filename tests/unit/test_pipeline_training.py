@@ -159,12 +159,12 @@ def test_seconds_of_a_resumed_training_are_those_of_its_updates(tmp_path: Path) 
         interval(180, 10.0, 300.0, 0.0),
         ("valid", {"valid_num_updates": "180", "valid_mse": "3"}),
     )
-    write_json(tmp_path / FINISHED, {"updates": 180, "peak_memory_mib": 12.5})
+    write_json(tmp_path / FINISHED, {"updates": 180, "peak_memory_mib": 12.5, "commit": "abc"})
     summary = training_summary(tmp_path)
     assert summary["updates"] == 180
     assert summary["seconds"] == pytest.approx(5.0 + 10.0 + 1.0 + 2.0 + 3.0)
     assert summary["target_tokens_per_second"] == 350.0  # the median of 200, 500, 400 and 300
-    assert summary["peak_memory_mib"] == 12.5
+    assert (summary["peak_memory_mib"], summary["commit"]) == (12.5, "abc")
     assert summary["last_validation"]["valid_mse"] == "3"
 
 
