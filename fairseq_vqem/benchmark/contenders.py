@@ -1,4 +1,7 @@
-"""The systems of ``fairseq-vqem bench decoding``, each made to write a given number of subwords."""
+"""The systems of ``fairseq-vqem bench decoding``, each made to write a given number of subwords.
+
+CTC alone is not told: its work goes by the length of the source.
+"""
 
 from __future__ import annotations
 
@@ -101,10 +104,10 @@ class ForcedStudent:
 
 
 class ForcedExported:
-    """The exported student, told how many latents to write."""
+    """The exported student, told how many latents to write, or a CTC model (without ``sizes``)."""
 
     def __init__(
-        self, checkpoint: Path, data: Path, sizes: Sizes, weights: str, workers: int = 1
+        self, checkpoint: Path, data: Path, sizes: Sizes | None, weights: str, workers: int = 1
     ) -> None:
         import torch
 
@@ -116,7 +119,8 @@ class ForcedExported:
         self.parameters, self.sizes, self.workers = self.engine.parameters, sizes, workers
 
     def prepare(self, sentences: Sequence[str], length: int) -> Callable[[], object]:
-        batch, codes = self.engine.encode(sentences), self.sizes.codes(length)
+        batch = self.engine.encode(sentences)
+        codes = self.sizes.codes(length) if self.sizes else None
         return lambda: self.engine.translate(batch, codes)
 
 
@@ -139,7 +143,8 @@ def make_contenders(
     With more than one of the ``workers``, which share the threads, only the engines that can have
     them.
     """
-    teacher = write_random_checkpoint(folder / "ar.pt", data, _ar_words(sizes), seed)
+    write = partial(_written_once, folder, data, seed)
+    teacher = write("ar", _ar_words(sizes, sizes.layers, sizes.layers))
     found: dict[str, Builder] = {}
 
     def add(name: str, engine: str, kind: Callable[..., Contender], *arguments: Any) -> None:
@@ -153,23 +158,44 @@ def make_contenders(
             for name, beam in (("beam 4", 4), ("greedy", 1)):
                 title, rest = f"CTranslate2 AR {compute_type}, {name}", (compute_type, workers)
                 add(title, "ctranslate2", ForcedCTranslate2, teacher, data, beam, *rest)
+        shallow = write("shallow", _ar_words(sizes, 2 * sizes.layers, 1))
+        for compute_type in ("float32", "int8"):
+            title = f"CTranslate2 AR {2 * sizes.layers}-1 {compute_type}, greedy"
+            rest = (compute_type, workers)
+            add(title, "ctranslate2", ForcedCTranslate2, shallow, data, 1, *rest)
+    exports = _installed("onnx") and _installed("onnxruntime")
     for layers in sizes.latent_layers:
-        path = folder / f"student{layers}.pt"
-        student = write_random_checkpoint(path, data, _student_words(sizes, layers), seed)
+        student = write(f"student{layers}", _student_words(sizes, layers))
         name = f"VQ-EM, {layers}-layer predictor"
         if workers == 1:
             add(f"{name}, PyTorch", "fairseq", ForcedStudent, student, data, sizes)
-        if _installed("onnx") and _installed("onnxruntime"):
-            for weights in ("float32", "int8"):
-                title, rest = f"{name}, exported {weights}", (weights, workers)
-                add(title, "exported", ForcedExported, student, data, sizes, *rest)
+        for weights in ("float32", "int8") if exports else ():
+            title, rest = f"{name}, exported {weights}", (weights, workers)
+            add(title, "exported", ForcedExported, student, data, sizes, *rest)
+    ctc = write("ctc", _ctc_words(sizes))
+    for weights in ("float32", "int8") if exports else ():
+        add(
+            f"CTC, exported {weights}",
+            "exported",
+            ForcedExported,
+            ctc,
+            data,
+            None,
+            weights,
+            workers,
+        )
     return found
 
 
-def _ar_words(sizes: Sizes) -> list[str]:
+def _written_once(folder: Path, data: Path, seed: int, name: str, words: Sequence[str]) -> Path:
+    path = folder / f"{name}.pt"
+    return path if path.exists() else write_random_checkpoint(path, data, words, seed)
+
+
+def _ar_words(sizes: Sizes, encoder_layers: int, decoder_layers: int) -> list[str]:
     words = ["--task", "translation", "--arch", "transformer", "--share-all-embeddings"]
-    for side in ("encoder", "decoder"):
-        words += [f"--{side}-layers", str(sizes.layers), f"--{side}-normalize-before"]
+    for side, layers in (("encoder", encoder_layers), ("decoder", decoder_layers)):
+        words += [f"--{side}-layers", str(layers), f"--{side}-normalize-before"]
         words += [f"--{side}-embed-dim", str(sizes.dimension)]
         words += [f"--{side}-ffn-embed-dim", str(sizes.ffn_dimension)]
         words += [f"--{side}-attention-heads", str(max(1, sizes.dimension // 64))]
@@ -177,18 +203,25 @@ def _ar_words(sizes: Sizes) -> list[str]:
 
 
 def _student_words(sizes: Sizes, latent_layers: int) -> list[str]:
-    options: dict[str, Any] = {
+    words = ["--task", "translation_vqem", "--criterion", "vqem_loss", "--arch", "vqem_transformer"]
+    words += ["--latent-layers", str(latent_layers), "--codebook-size", str(sizes.codebook_size)]
+    return [*words, "--compress-steps", str(sizes.compress_steps), *_parallel_words(sizes)]
+
+
+def _ctc_words(sizes: Sizes) -> list[str]:
+    words = ["--task", "translation_nat", "--criterion", "ctc_nat_loss", "--arch", "ctc_nat"]
+    return [*words, "--share-all-embeddings", *_parallel_words(sizes)]
+
+
+def _parallel_words(sizes: Sizes) -> list[str]:
+    options = {
         "embed-dim": sizes.dimension,
         "ffn-embed-dim": sizes.ffn_dimension,
         "attention-heads": max(1, sizes.dimension // 64),
         "encoder-layers": sizes.layers,
         "decoder-layers": sizes.layers,
-        "latent-layers": latent_layers,
-        "codebook-size": sizes.codebook_size,
-        "compress-steps": sizes.compress_steps,
     }
-    words = ["--task", "translation_vqem", "--criterion", "vqem_loss", "--arch", "vqem_transformer"]
-    return words + [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
 
 
 def _installed(package: str) -> bool:
