@@ -39,6 +39,7 @@ from fairseq_vqem.compat.updates import (
     average_whole_numbers_never,
     average_with_versions,
     discard_rejected_statistics,
+    leave_out_dummy_batches,
 )
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "install_error_hook",
     "keep_bf16_off_tpu",
     "keep_last_batch",
+    "leave_out_dummy_batches",
     "make_batches_every_epoch",
     "mend_rerank",
     "original",
@@ -83,6 +85,7 @@ def apply() -> None:
     plan_no_attention()
     convolve_in_float32()
     discard_rejected_statistics()
+    leave_out_dummy_batches()
     average_whole_numbers_never()
     average_with_versions()
     mend_rerank()

@@ -47,6 +47,25 @@ def _discard(trainer: Any) -> None:
         bottleneck.discard()
 
 
+def leave_out_dummy_batches() -> None:
+    """In an epoch's last update a worker may have a dummy batch after real ones (--update-freq).
+
+    fairseq then takes all of them for dummies: their gradients count, but not their sample size,
+    nor what they log. A dummy is there so that every worker has something to do, which a real batch
+    is, too; but with fully sharded parameters every batch is a synchronisation.
+    """
+
+    def build(train_step: Callable[..., Any]) -> Callable[..., Any]:
+        def without_dummies(self: Any, samples: list[Any], *args: Any, **options: Any) -> Any:
+            real = [sample for sample in samples if sample is not None and len(sample) > 0]
+            chosen = samples if self.is_fsdp or not real else real
+            return train_step(self, chosen, *args, **options)
+
+        return without_dummies
+
+    patch(Trainer, "train_step", build)
+
+
 def average_whole_numbers_never() -> None:
     """--store-ema multiplies every entry of the state by the decay, counters included, and ends.
 

@@ -37,6 +37,15 @@ def train(workshop: Workshop, folder: Path, *words: object) -> list[dict[str, to
     return [torch.load(path) for path in sorted(folder.glob("?.pt"))]
 
 
+def assert_same(expected: dict[str, torch.Tensor], workers: list[dict[str, torch.Tensor]]) -> None:
+    first, second = workers
+    for name, value in expected.items():
+        assert torch.equal(first[name], second[name]), f"the workers differ in {name}"
+        torch.testing.assert_close(
+            first[name], value, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
 @pytest.mark.parametrize(
     "schedule", ["1.0", pytest.param("0:1@6-6", marks=pytest.mark.slow)], ids=["codes", "warm-up"]
 )
@@ -44,15 +53,15 @@ def test_two_workers_equal_one(workshop: Workshop, tmp_path: Path, schedule: str
     """One worker takes both halves of each batch one after the other."""
     words = ("--quantise-schedule", schedule)
     (alone,) = train(workshop, tmp_path / "one", *words, "--update-freq", 2)
-    first, second = train(workshop, tmp_path / "two", *words, *TWO)
-    for name, expected in alone.items():
-        assert torch.equal(first[name], second[name]), f"the workers differ in {name}"
-        torch.testing.assert_close(
-            first[name],
-            expected,
-            rtol=1e-4,
-            atol=1e-5,
-            msg=lambda text, name=name: f"{name}: {text}",
-        )
+    assert_same(alone, train(workshop, tmp_path / "two", *words, *TWO))
     counts = alone["bottleneck.codebook.counts"]
     assert counts.ne(1).all(), "no M step was made"
+
+
+def test_a_dummy_batch_hides_no_real_one(workshop: Workshop, tmp_path: Path) -> None:
+    """Seven batches an epoch: in its second update one worker has a batch and a dummy."""
+    words = ("--quantise-schedule", "1.0", "--batch-size", 47, "--max-update", 4)
+    # a clipped gradient would not show that it was divided by too small a sample size
+    words += ("--required-batch-size-multiple", 1, "--clip-norm", 0)
+    (alone,) = train(workshop, tmp_path / "one", *words, "--update-freq", 4)
+    assert_same(alone, train(workshop, tmp_path / "two", *words, *TWO, "--update-freq", 2))
