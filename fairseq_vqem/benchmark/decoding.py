@@ -1,7 +1,8 @@
 """``fairseq-vqem bench decoding``: translation at base size, random weights, given lengths.
 
 What a system costs depends on its size and on the lengths it writes, not on what it has learned.
-Every system here writes as many subwords as the reference of each sentence has.
+Every system here writes as many subwords as the reference of each sentence has, but CTC, whose work
+goes by the length of the source.
 """
 
 from __future__ import annotations

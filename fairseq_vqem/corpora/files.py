@@ -78,8 +78,9 @@ def read_columns(path: Path) -> dict[str, list[str]]:
         raise UserError(f"{path} does not exist; check the path.") from error
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise UserError(f"{path} is not a gzipped table ({error}); make it again.") from error
-    names, *rows = [line.split("\t") for line in text.split("\n")[:-1]] or [[]]
-    if any(len(row) != len(names) for row in rows):
+    *lines, rest = text.split("\n")
+    names, *rows = [line.split("\t") for line in lines] or [[]]
+    if rest or any(len(row) != len(names) for row in rows):
         raise UserError(f"{path} has rows of other lengths than its first; make it again.")
     return {name: [row[place] for row in rows] for place, name in enumerate(names)}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -40,6 +41,8 @@ class SubwordModel(ABC):
 
     kind: str
     file_name: str
+    post_process: str
+    """fairseq's ``--post-process`` that joins the pieces."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -81,6 +84,7 @@ class SentencePieceModel(SubwordModel):
 
     kind = SENTENCEPIECE
     file_name = "sentencepiece.model"
+    post_process = "sentencepiece"
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
@@ -106,6 +110,7 @@ class SubwordNmtModel(SubwordModel):
 
     kind = SUBWORD_NMT
     file_name = "bpe.codes"
+    post_process = "subword_nmt"
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
@@ -136,16 +141,27 @@ _MODELS: dict[str, type[SubwordModel]] = {
 SUBWORD_FILES = tuple(model.file_name for model in _MODELS.values())
 
 
-def post_process_of(symbols: Sequence[str]) -> str | None:
-    """fairseq's ``--post-process`` that joins subwords of a dictionary, None for whole words.
+def post_process_of(symbols: Sequence[str], data: str | None = None) -> str | None:
+    """fairseq's ``--post-process`` that joins subwords, None for whole words.
 
-    A few symbols prove nothing: the mark of sentencepiece is a character that texts may have.
+    Args:
+        symbols: of the dictionary. Where no subword model lies in the data's folder, they tell: a
+            few marks prove nothing, for texts may have the mark of sentencepiece, too, but a
+            vocabulary of characters has one mark alone.
+        data: fairseq's ``DATA``: folders, separated by colons.
     """
-    starts = sum(symbol.startswith(WORD_START) for symbol in symbols)
-    joined = sum(symbol.endswith(JOINER) for symbol in symbols)
-    if starts > joined and starts >= RARE * len(symbols):
-        return "sentencepiece"
-    return "subword_nmt" if joined >= RARE * len(symbols) and joined else None
+    folder = Path(data.split(os.pathsep)[0]) if data else Path()
+    found = [model for model in _MODELS.values() if data and (folder / model.file_name).is_file()]
+    if len(found) == 1:
+        return found[0].post_process
+    fillers = ("madeupword", *FAIRSEQ_SPECIALS)  # fairseq's own
+    own = [symbol for symbol in symbols if not symbol.startswith(fillers)]
+    marked = sum(symbol.startswith(WORD_START) or symbol.endswith(WORD_START) for symbol in own)
+    joined = sum(symbol.endswith(JOINER) for symbol in own)
+    characters = WORD_START in own and all(len(symbol) == 1 for symbol in own)
+    if characters or (marked > joined and marked >= RARE * len(own)):
+        return SentencePieceModel.post_process
+    return SubwordNmtModel.post_process if joined and joined >= RARE * len(own) else None
 
 
 def load_subwords(directory: Path) -> SubwordModel:

@@ -16,8 +16,8 @@ MOST_TOKENS = 8192
 LEFT_TO_RIGHT = (
     *("score_reference", "sampling", "sampling_topk", "sampling_topp", "temperature"),
     *("diverse_beam_groups", "diversity_rate", "no_repeat_ngram_size", "match_source_len"),
-    *("lenpen", "unkpen", "min_len", "max_len_a", "max_len_b", "lm_path"),
-    *("print_alignment", "replace_unk", "retain_dropout"),
+    *("lenpen", "unkpen", "unnormalized", "min_len", "max_len_a", "max_len_b", "lm_path"),
+    *("diverse_beam_strength", "print_alignment"),
 )
 """Options of fairseq's autoregressive search."""
 

@@ -108,7 +108,7 @@ def notes(run: Run, system: str, references: list[str]) -> str:
 
 
 def training_summary(folder: Path, items: str = "target_tokens") -> dict[str, Any]:
-    """Time in seconds, updates, speed, peak memory, commit, last validation of a training.
+    """Time in seconds, updates, speed, peak memory, commits, last validation of a training.
 
     What an interrupted training did twice counts once; its time is the sum over logged intervals,
     as fairseq's own ``wall`` is 0 after a resumption.
@@ -135,7 +135,7 @@ def training_summary(folder: Path, items: str = "target_tokens") -> dict[str, An
     speeds = [float(intervals[updates]["wps"]) for updates in sorted(intervals)[1:]]
     summary[f"{items}_per_second"] = median(speeds) if speeds else None
     finished = read_json(folder / FINISHED) if (folder / FINISHED).is_file() else {}
-    return {**summary, **{key: finished.get(key) for key in ("peak_memory_mib", "commit")}}
+    return {**summary, **{key: finished.get(key) for key in ("peak_memory_mib", "commits")}}
 
 
 def used_validation(checkpoint: Path) -> dict[str, Any]:

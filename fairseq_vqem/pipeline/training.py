@@ -21,6 +21,7 @@ FINISHED = "finished.json"
 OPTIONS = "options.json"
 ORIGIN = "origin.json"
 MEMORY = "memory.json"
+COMMITS = "commits.json"
 
 
 def train(
@@ -50,14 +51,25 @@ def train(
         return best
     command = [sys.executable, "-m", "fairseq_cli.train", *words, "--save-dir", str(folder)]
     log = folder / LOG
+    _record_commit(folder / COMMITS)
     with log.open("a", encoding="utf-8") as sink:
         run_logged(command, sink, title, max_update, folder / MEMORY)
     if not best.is_file():
         raise UserError(f"{title} left no checkpoint: see {log}")
-    commit, _ = git_state(PACKAGE)  # a later report, with other code, reuses the training
     finished = {"updates": max_update, "peak_memory_mib": read_json(folder / MEMORY)}
-    write_json(folder / FINISHED, {**finished, "commit": commit})
+    write_json(folder / FINISHED, {**finished, "commits": read_json(folder / COMMITS)})
     return best
+
+
+def _record_commit(path: Path) -> None:
+    """Add the code's commit, now, to those that the training has run with.
+
+    A later report, with other code, reuses the training.
+    """
+    commit, dirty = git_state(PACKAGE)
+    known = read_json(path) if path.is_file() else []
+    name = "unknown" if commit is None else commit + ("+" if dirty else "")
+    write_json(path, list(dict.fromkeys([*known, name])))
 
 
 def _check_same_training(

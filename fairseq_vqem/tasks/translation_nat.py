@@ -127,7 +127,7 @@ class TranslationNATTask(TranslationLevenshteinTask):
         if from_checkpoint:  # to decode: perhaps an autoregressive teacher
             return FairseqTask.build_model(self, cfg, from_checkpoint)
         if self.cfg.eval_bleu and not self.cfg.eval_bleu_remove_bpe:
-            self.cfg.eval_bleu_remove_bpe = post_process_of(self.tgt_dict.symbols)
+            self.cfg.eval_bleu_remove_bpe = post_process_of(self.tgt_dict.symbols, self.cfg.data)
         model = super().build_model(cfg, from_checkpoint)
         check_training(model, self.cfg)
         if self.cfg.init_from:  # a resumed training then loads its own parameters

@@ -110,6 +110,7 @@ class TranslationVQEMTask(LearnsCodebook, TranslationTask):
             )
         if not from_checkpoint and self.cfg.eval_latent_bleu:
             self.build_generator([model], self.validation_arguments())  # refused now, not later
+            self.detokenise(torch.tensor([self.target_dictionary.eos()]))
             model.train()
         return model
 
@@ -243,16 +244,25 @@ class TranslationVQEMTask(LearnsCodebook, TranslationTask):
         return log
 
     def detokenise(self, tokens: Tensor, unknown: str = "UNKNOWNTOKENINHYP") -> str:
-        own = post_process_of(self.target_dictionary.symbols)
-        post_process = self.cfg.eval_bleu_remove_bpe or own
-        text = self.target_dictionary.string(tokens.int().cpu(), post_process, unk_string=unknown)
+        text = self.target_dictionary.string(tokens.int().cpu(), self.joiner, unk_string=unknown)
         return str(self.detokeniser.decode(text) if self.detokeniser else text)
+
+    @cached_property
+    def joiner(self) -> str | None:
+        """What joins the subwords of validation."""
+        own = post_process_of(self.target_dictionary.symbols, self.cfg.data)
+        return self.cfg.eval_bleu_remove_bpe or own
 
     @cached_property
     def detokeniser(self) -> Any:
         """What --eval-bleu-detok names, as fairseq's --eval-bleu reads it."""
-        options = json.loads(self.cfg.eval_bleu_detok_args or "{}")
-        return encoders.build_tokenizer(Namespace(tokenizer=self.cfg.eval_bleu_detok, **options))
+        name, given = self.cfg.eval_bleu_detok, self.cfg.eval_bleu_detok_args or "{}"
+        try:
+            return encoders.build_tokenizer(Namespace(tokenizer=name, **json.loads(given)))
+        except ValueError as error:
+            raise UserError(f"--eval-bleu-detok-args {given} is no JSON: {error}") from error
+        except ImportError as error:
+            raise UserError(f"--eval-bleu-detok {name} needs a package: {error}") from error
 
     def reduce_metrics(self, logging_outputs: list[dict[str, Any]], criterion: Any) -> None:
         super().reduce_metrics(logging_outputs, criterion)

@@ -193,8 +193,9 @@ def test_the_codes_of_the_checkpoint_used_are_reported(compared: Path) -> None:
 
 def test_the_commit_of_each_training_is_reported(compared: Path) -> None:
     result = json.loads((report_of(compared) / "compare.json").read_text("utf-8"))
-    commits = {training["commit"] for training in result["training"].values()}
-    assert commits == {result["signature"]["commit"]}
+    assert {name: len(training["commits"]) for name, training in result["training"].items()} == {
+        name: 1 for name in ("teacher", *RECIPE["students"])
+    }
 
 
 def test_the_curve_of_each_training_is_reported(compared: Path) -> None:

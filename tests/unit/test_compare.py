@@ -191,6 +191,7 @@ def test_columns_come_back_and_other_files_are_refused(tmp_path: Path) -> None:
         (b"plain", "not a gzipped table"),
         (damaged, "not a gzipped table"),
         (gzip.compress(b"a\tb\n1\n"), "rows of other lengths"),
+        (gzip.compress(b"a\tb\n1\t2\n3\t4"), "rows of other lengths"),
     ):
         path.write_bytes(content)
         with pytest.raises(UserError, match=message):

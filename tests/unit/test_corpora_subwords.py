@@ -138,3 +138,15 @@ def test_the_joiner_of_a_dictionary() -> None:
     assert post_process_of([*words, *stray]) is None
     assert post_process_of([*words[:150], *(f"{w}@@" for w in words), *stray]) == "subword_nmt"
     assert post_process_of([*words, *("\u2581" + w for w in words), "x@@"]) == "sentencepiece"
+    letters = [chr(0x4E00 + number) for number in range(500)]
+    fairseqs = ["<s>", "<pad>", "</s>", "<unk>", "madeupword0000"]
+    assert post_process_of([*fairseqs, *letters, "\u2581"]) == "sentencepiece"
+    assert post_process_of([*words, *(f"{w}\u2581" for w in words)]) == "sentencepiece"
+
+
+def test_the_subword_model_beside_the_data_tells_its_joiner(models: Models) -> None:
+    for kind, expected in (("sentencepiece", "sentencepiece"), ("subword-nmt", "subword_nmt")):
+        folder = str(models[kind].directory)
+        assert post_process_of(["the", "dialog"], folder) == expected
+        assert post_process_of(["the", "dialog"], f"{folder}:{folder}/more") == expected
+    assert post_process_of(["\u2581the"], "/nowhere") == "sentencepiece"

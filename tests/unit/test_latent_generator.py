@@ -203,7 +203,7 @@ def test_the_task_builds_the_generator(tiny: Any) -> None:
     ("option", "value"),
     [
         *(("score_reference", True), ("sampling", True), ("lenpen", 2.0), ("max_len_b", 50)),
-        *(("print_alignment", "hard"), ("retain_dropout", True)),
+        *(("print_alignment", "hard"), ("unnormalized", True)),
     ],
 )
 def test_options_of_left_to_right_search_are_refused(tiny: Any, option: str, value: Any) -> None:

@@ -95,6 +95,34 @@ def test_the_predictor_as_a_prior(tiny: Any) -> None:
     assert torch.equal(in_evaluation.bottleneck.codes, nearest.bottleneck.codes)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [dict(predictor_prior="0.7"), dict(output="ctc", gold_schedule="0.5")],
+    ids=["prior", "glancing"],
+)
+def test_a_pass_without_gradient_leaves_no_cast_weights_behind(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    """Of autocast, whose cache older torch would use in the pass with gradient."""
+    cleared: list[bool] = []
+    monkeypatch.setattr(torch, "clear_autocast_cache", lambda: cleared.append(True))
+    model = tiny.model(**options).train()
+    modes, autocast = model.bottleneck.modes, []
+
+    def watched(rows: Tensor) -> Tensor:
+        autocast.append(torch.is_autocast_enabled("cpu"))
+        return modes(rows)
+
+    monkeypatch.setattr(model.bottleneck, "modes", watched)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, *_ = loss_function(tiny)(model, tiny.batch([([5, 6, 7], [8, 9])] * 4))
+    loss.backward()
+    assert cleared and not any(autocast) and bool(autocast) == ("predictor_prior" in options)
+    for part in (model.latent_predictor, model.decoder):
+        for name, parameter in part.named_parameters():
+            assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+
+
 def test_gold_words_are_no_labels(tiny: Any) -> None:
     torch.manual_seed(0)
     model = tiny.model(gold_schedule="0.4").train()

@@ -6,6 +6,7 @@ import io
 import json
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from fairseq_vqem.compare.report import training_memory
 from fairseq_vqem.corpora.files import read_json, write_json
 from fairseq_vqem.errors import UserError
+from fairseq_vqem.pipeline import training
 from fairseq_vqem.pipeline.report import training_summary, used_validation
 from fairseq_vqem.pipeline.training import (
     FINISHED,
@@ -159,13 +161,33 @@ def test_seconds_of_a_resumed_training_are_those_of_its_updates(tmp_path: Path) 
         interval(180, 10.0, 300.0, 0.0),
         ("valid", {"valid_num_updates": "180", "valid_mse": "3"}),
     )
-    write_json(tmp_path / FINISHED, {"updates": 180, "peak_memory_mib": 12.5, "commit": "abc"})
+    write_json(tmp_path / FINISHED, {"updates": 180, "peak_memory_mib": 12.5, "commits": ["abc"]})
     summary = training_summary(tmp_path)
     assert summary["updates"] == 180
     assert summary["seconds"] == pytest.approx(5.0 + 10.0 + 1.0 + 2.0 + 3.0)
     assert summary["target_tokens_per_second"] == 350.0  # the median of 200, 500, 400 and 300
-    assert (summary["peak_memory_mib"], summary["commit"]) == (12.5, "abc")
+    assert (summary["peak_memory_mib"], summary["commits"]) == (12.5, ["abc"])
     assert summary["last_validation"]["valid_mse"] == "3"
+
+
+def test_a_training_names_the_code_that_it_ran_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the one that is there at its end, and of a resumed training all."""
+    states = iter([("a", False), ("a", False), ("b", True), (None, None)])
+
+    def run(command: Any, sink: Any, title: str, updates: int, memory: Path) -> None:
+        write_json(memory, 1.0)
+        if interrupted:
+            raise KeyboardInterrupt
+        (tmp_path / "checkpoint_best.pt").touch()
+
+    monkeypatch.setattr(training, "git_state", lambda _: next(states))
+    monkeypatch.setattr(training, "run_logged", run)
+    for interrupted in (True, True, True, False):
+        with pytest.raises(KeyboardInterrupt) if interrupted else nullcontext():
+            train(tmp_path, WORDS, "a run", 10)
+    assert read_json(tmp_path / FINISHED)["commits"] == ["a", "b+", "unknown"]
 
 
 def test_memory_of_a_gpu_is_what_was_never_free(

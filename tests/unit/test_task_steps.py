@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from fairseq_vqem.criterions.vqem_loss import VQEMLoss
+from fairseq_vqem.errors import UserError
 from fairseq_vqem.models import VQEMTransformer
 
 
@@ -155,6 +156,28 @@ def test_bleu_of_validation_honours_fairseq_s_options(
     task = tiny.task(words, eval_bleu_detok="moses", eval_bleu_detok_args='{"target_lang": "de"}')
     assert task.detokenise(row) == "ONE,TWO ONE,TWO"
     assert (asked[0].tokenizer, asked[0].target_lang, len(asked)) == ("moses", "de", 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"eval_bleu_detok_args": "{target_lang: de}"}, "--eval-bleu-detok-args .* is no JSON"),
+        ({"eval_bleu_detok": "absent"}, "--eval-bleu-detok absent needs a package: no absent"),
+    ],
+)
+def test_a_detokeniser_that_is_not_there_is_refused_before_training(
+    tiny: Any, options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(options: Any) -> None:
+        if options.tokenizer == "absent":
+            raise ImportError("no absent")
+
+    monkeypatch.setattr(encoders, "build_tokenizer", build)
+    config = OmegaConf.structured(tiny.model().cfg)
+    config._name = "vqem_transformer"
+    task = tiny.task(eval_latent_bleu=True, eval_bleu_args="{}", **options)
+    with pytest.raises(UserError, match=message):
+        task.build_model(config)
 
 
 def test_subwords_are_joined_for_bleu(tiny: Any) -> None:
