@@ -82,7 +82,7 @@ def test_contenders_obey_the_length(data: Path, tmp_path: Path) -> None:
         for length in (1, 5, 12):
             call = contender.prepare(["the cat", "the dog sees the cow"], length)
             if name.startswith("CTC"):  # goes by the length of the source
-                words = [tuple(output.tolist()) for output in call()]
+                words = [tuple(map(int, output)) for output in call()]
                 assert outputs.setdefault(name, words) == words
                 continue
             if isinstance(contender, ForcedExported):
