@@ -86,19 +86,20 @@ def diagnose(
         name = "teacher, greedy" if beam == 1 else f"teacher, beam {beam}"
         texts = {name: translated.texts, **texts}
     judged = {**texts, REFERENCE: references}
+    language = languages(data)[1]
     return Diagnosis(
         split,
         name,
         of_teacher,
         decoded.removes_repeats,
-        {name: score(each, references) for name, each in texts.items()},
-        {name: brevity(each, references) for name, each in texts.items()},
-        steps(texts, references),
+        {name: score(each, references, language=language) for name, each in texts.items()},
+        {name: brevity(each, references, language) for name, each in texts.items()},
+        steps(texts, references, language),
         decoded.latents,
         decoded.doubled_pieces,
         {name: find_errors(each, references, sources) for name, each in judged.items()},
-        groups(texts, references, length_quartiles(sources)),
-        groups(texts, references, parts),
+        groups(texts, references, length_quartiles(sources), language),
+        groups(texts, references, parts, language),
     )
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-from sacrebleu.metrics import BLEU
 
 from fairseq_vqem.analysis.decoding_variants import (
     FORCED_LENGTH,
@@ -17,7 +16,7 @@ from fairseq_vqem.analysis.decoding_variants import (
     LatentQuality,
 )
 from fairseq_vqem.analysis.translation_errors import Errors
-from fairseq_vqem.benchmark.scoring import Scores, paired_bootstrap, score
+from fairseq_vqem.benchmark.scoring import Scores, bleu_for, paired_bootstrap, score
 
 PARTS = {
     POSTERIOR: "autoencoder",
@@ -83,20 +82,20 @@ class Diagnosis:
     by_label: list[Group]
 
 
-def steps(texts: Texts, references: Sequence[str]) -> list[Step]:
+def steps(texts: Texts, references: Sequence[str], language: str = "") -> list[Step]:
     """The cost of each part; together they are the gap between the first and the last system."""
     found = []
     for before, after in pairwise(texts):
         pair = {name: texts[name] for name in (before, after)}
-        baseline, system = paired_bootstrap(pair, references)
+        baseline, system = paired_bootstrap(pair, references, language=language)
         assert system.bleu_p is not None
         found.append(Step(PARTS[after], baseline.bleu - system.bleu, system.bleu_p))
     return found
 
 
-def brevity(hypotheses: Sequence[str], references: Sequence[str]) -> float:
+def brevity(hypotheses: Sequence[str], references: Sequence[str], language: str = "") -> float:
     """BLEU's brevity penalty; 1 for hypotheses that are together as long as their references."""
-    return float(BLEU().corpus_score(hypotheses, [references]).bp)
+    return float(bleu_for(language).corpus_score(hypotheses, [references]).bp)
 
 
 def length_quartiles(sources: Sequence[str]) -> dict[str, list[int]]:
@@ -123,14 +122,17 @@ def by_label(labels: Sequence[str]) -> dict[str, list[int]]:
 
 
 def groups(
-    texts: Texts, references: Sequence[str], parts: Mapping[str, Sequence[int]]
+    texts: Texts,
+    references: Sequence[str],
+    parts: Mapping[str, Sequence[int]],
+    language: str = "",
 ) -> list[Group]:
     """BLEU of every system on each part of the sentences."""
     found = []
     for name, places in parts.items():
         wanted = [references[place] for place in places]
         scores = {
-            system: score([lines[place] for place in places], wanted)
+            system: score([lines[place] for place in places], wanted, language=language)
             for system, lines in texts.items()
         }
         bleu = {system: each.bleu for system, each in scores.items()}

@@ -85,6 +85,6 @@ def _run(arguments: argparse.Namespace) -> int:
     )
     if arguments.output:
         write_lines(arguments.output, hypotheses)
-    scores = score(hypotheses, references)
+    scores = score(hypotheses, references, language=languages(arguments.data)[1])
     print(f"posterior BLEU {scores.bleu:.2f} ± {scores.bleu_ci:.2f}, chrF {scores.chrf:.2f}")
     return 0

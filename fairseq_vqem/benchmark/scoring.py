@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -71,23 +72,42 @@ class PlainCHRF(CHRF):
         return float(super()._compute_f_score(statistics))
 
 
+def bleu_for(language: str = "", references: Sequence[str] | None = None) -> BLEU:
+    """sacreBLEU's BLEU with its tokeniser for ``language``: 13a, but ``zh`` for Chinese, and so on.
+
+    Raises:
+        UserError: a package that this tokeniser needs is missing.
+    """
+    cached = None if references is None else [references]
+    try:
+        return BLEU(trg_lang=re.split("[-_]", language)[0], references=cached)
+    except RuntimeError as error:
+        package = f"sacrebleu[{language}]"
+        raise UserError(
+            f"BLEU of text in {language!r} needs a package that is missing: pip install '{package}'"
+        ) from error
+
+
 def score(
     hypotheses: Sequence[str],
     references: Sequence[str],
     *,
+    language: str = "",
     bootstrap: int = BOOTSTRAP_SAMPLES,
     seed: int = SEED,
 ) -> Scores:
-    """Score detokenised text with BLEU (13a) and chrF.
+    """Score detokenised text with BLEU and chrF.
 
     Args:
+        language: of the text, for BLEU's tokeniser (`bleu_for`).
         bootstrap: resamples for the intervals; 0 leaves them out.
 
     Raises:
-        UserError: nothing to score, or the two sides differ in number.
+        UserError: nothing to score, the two sides differ in number, or BLEU's tokeniser needs a
+            package.
     """
     _check_counts(hypotheses, references)
-    bleu, chrf = BLEU(), PlainCHRF()
+    bleu, chrf = bleu_for(language), PlainCHRF()
     with _sacrebleu_seed(seed):
         bleu_score = bleu.corpus_score(hypotheses, [references], n_bootstrap=max(1, bootstrap))
         chrf_score = chrf.corpus_score(hypotheses, [references], n_bootstrap=max(1, bootstrap))
@@ -106,6 +126,7 @@ def paired_bootstrap(
     systems: Mapping[str, Sequence[str]],
     references: Sequence[str],
     *,
+    language: str = "",
     samples: int = BOOTSTRAP_SAMPLES,
     seed: int = SEED,
 ) -> list[PairedScore]:
@@ -123,7 +144,10 @@ def paired_bootstrap(
         raise UserError("A paired test needs a baseline and at least one other system.")
     for hypotheses in systems.values():
         _check_counts(hypotheses, references)
-    metrics = {"BLEU": BLEU(references=[references]), "chrF": PlainCHRF(references=[references])}
+    metrics = {
+        "BLEU": bleu_for(language, references),
+        "chrF": PlainCHRF(references=[references]),
+    }
     with _sacrebleu_seed(seed):
         test = PairedTest(list(systems.items()), metrics, None, test_type="bs", n_samples=samples)
         results: dict[str, list[Any]] = test()[1]
@@ -140,6 +164,7 @@ def difference_intervals(
     baseline: Sequence[str],
     references: Sequence[str],
     *,
+    language: str = "",
     samples: int = BOOTSTRAP_SAMPLES,
     seed: int = SEED,
 ) -> dict[str, tuple[float, float]]:
@@ -156,7 +181,7 @@ def difference_intervals(
     count = len(references)
     draws = np.random.default_rng(seed).choice(count, size=(samples, count), replace=True)
     found = {}
-    for name, metric in (("BLEU", BLEU()), ("chrF", PlainCHRF())):
+    for name, metric in (("BLEU", bleu_for(language)), ("chrF", PlainCHRF())):
         scores = []
         for hypotheses in (system, baseline):
             statistics = metric._extract_corpus_statistics(hypotheses, [references])
@@ -214,6 +239,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--hypotheses", type=Path, required=True, help="one sentence a line")
     parser.add_argument("--references", type=Path, required=True, help="one sentence a line")
     parser.add_argument("--baseline", type=Path, help="other hypotheses, for a paired bootstrap")
+    parser.add_argument("--target-lang", default="", help="zh, ja and ko have BLEU of their own")
     parser.add_argument("--bootstrap", type=int, default=BOOTSTRAP_SAMPLES, help="resamples")
     parser.add_argument("--seed", type=int, default=SEED, help="seed of the bootstrap")
     parser.add_argument("--output", type=Path, help="also write a result file (JSON)")
@@ -223,16 +249,15 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def _run(arguments: argparse.Namespace) -> int:
     hypotheses = list(read_lines(arguments.hypotheses))
     references = list(read_lines(arguments.references))
-    scores = score(hypotheses, references, bootstrap=arguments.bootstrap, seed=arguments.seed)
+    how = {"language": arguments.target_lang, "seed": arguments.seed}
+    scores = score(hypotheses, references, bootstrap=arguments.bootstrap, **how)
     payload = asdict(scores)
     print(f"BLEU {_with_interval(scores.bleu, scores.bleu_ci)}  {scores.signatures['BLEU']}")
     print(f"chrF {_with_interval(scores.chrf, scores.chrf_ci)}  {scores.signatures['chrF']}")
     print(f"length {scores.length_ratio:.3f} of the references'")
     if arguments.baseline:
         systems = {"baseline": list(read_lines(arguments.baseline)), "system": hypotheses}
-        paired = paired_bootstrap(
-            systems, references, samples=arguments.bootstrap, seed=arguments.seed
-        )
+        paired = paired_bootstrap(systems, references, samples=arguments.bootstrap, **how)
         payload["paired"] = [asdict(system) for system in paired]
         print(
             f"against the baseline (BLEU {paired[0].bleu:.2f}, chrF {paired[0].chrf:.2f}): "

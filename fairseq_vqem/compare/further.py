@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fairseq_vqem.benchmark.scoring import SEED, score
+from fairseq_vqem.benchmark.scoring import SEED
 from fairseq_vqem.benchmark.signature import make_signature
 from fairseq_vqem.benchmark.tables import (
     MISSING,
@@ -74,9 +74,10 @@ def write_further_tables(
     tables = {}
     by_name = {row.system: row for row in whole.rows}
     in_short = [key for key in whole.columns[1:] if key not in NOT_IN_SHORT]
+    tested = pair_rows(pairs, findings.hypotheses, findings.references, findings.language)
     for name, rows, columns in (
         (SUMMARY, [by_name[system] for system in findings.settings.summary], in_short),
-        (PAIRS, pair_rows(pairs, findings.hypotheses, findings.references), PAIR_COLUMNS),
+        (PAIRS, tested, PAIR_COLUMNS),
         (GROUPS, group_rows(findings), GROUP_COLUMNS),
         (LATENTS, latent_rows(findings), tuple(LATENT_COLUMNS)),
         (CURVES, curve_rows(trainings), CURVE_COLUMNS),
@@ -103,9 +104,7 @@ def group_rows(findings: Findings) -> list[ResultRow]:
     """Mean and sample standard deviation over the systems of each of ``settings.groups``."""
     rows = []
     for title, names in findings.settings.groups.items():
-        scores = [
-            score(findings.hypotheses[name], findings.references, bootstrap=0) for name in names
-        ]
+        scores = [findings.score(name, bootstrap=0) for name in names]
         valid = [
             used_validation(findings.run.student(findings.systems[name].model)) for name in names
         ]

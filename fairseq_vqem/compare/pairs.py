@@ -27,13 +27,14 @@ def pair_rows(
     pairs: Sequence[Sequence[str]],
     hypotheses: Mapping[str, Sequence[str]],
     references: Sequence[str],
+    language: str = "",
 ) -> list[ResultRow]:
     """Each pair of systems: the difference of the first to the second, its 95 % interval, p."""
     rows = []
     for system, other in pairs:
         both = {name: hypotheses[name] for name in (other, system)}
-        base, found = paired_bootstrap(both, references)
-        intervals = difference_intervals(both[system], both[other], references)
+        base, found = paired_bootstrap(both, references, language=language)
+        intervals = difference_intervals(both[system], both[other], references, language=language)
         cells = (
             *(other, _with_interval(found.bleu - base.bleu, intervals["BLEU"])),
             *(p_text(found.bleu_p), _with_interval(found.chrf - base.chrf, intervals["chrF"])),
@@ -55,6 +56,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("recipe", type=Path, help="the recipe.yaml of the report")
     parser.add_argument("--translations", type=Path, required=True, help="its hypotheses.tsv.gz")
+    parser.add_argument("--target-lang", default="", help="zh, ja and ko have BLEU of their own")
     parser.add_argument("--scale", default="cpu", help="of a recipe with {scale} in its extends")
     parser.add_argument("--output", type=Path, help="also write a result file (JSON)")
     parser.set_defaults(run=_run)
@@ -73,12 +75,11 @@ def _run(arguments: argparse.Namespace) -> int:
             f"{arguments.translations} lacks {missing[0]!r}: give the translations of a report of"
             f" {arguments.recipe}"
         )
-    references = texts[REFERENCE]
-    table = ResultTable(
-        f"{recipe.name}-{PAIRS}", pair_rows(pairs, texts, references), ["system", *PAIR_COLUMNS]
-    )
+    references, language = texts[REFERENCE], arguments.target_lang
+    rows = pair_rows(pairs, texts, references, language)
+    table = ResultTable(f"{recipe.name}-{PAIRS}", rows, ["system", *PAIR_COLUMNS])
     signature = make_signature(
-        seed=SEED, sacrebleu=score(texts[pairs[0][0]], references).signatures
+        seed=SEED, sacrebleu=score(texts[pairs[0][0]], references, language=language).signatures
     )
     if arguments.output:
         checksum = file_sha256(arguments.translations)

@@ -11,8 +11,15 @@ import numpy as np
 
 from fairseq_vqem.analysis.usage import code_counts
 from fairseq_vqem.benchmark.engines import engine_versions
-from fairseq_vqem.benchmark.scoring import PairedScore, Scores, paired_bootstrap, score
+from fairseq_vqem.benchmark.scoring import (
+    BOOTSTRAP_SAMPLES,
+    PairedScore,
+    Scores,
+    paired_bootstrap,
+    score,
+)
 from fairseq_vqem.benchmark.signature import make_signature
+from fairseq_vqem.benchmark.splits import languages
 from fairseq_vqem.benchmark.tables import ResultRow, ResultTable, latency_columns, write_table
 from fairseq_vqem.benchmark.throughput import Throughput, summarise_throughput
 from fairseq_vqem.benchmark.timing import medians_by_length, speedup
@@ -45,6 +52,16 @@ class Findings:
         return report_folder(self.run)
 
     @property
+    def language(self) -> str:
+        """What is translated into."""
+        return languages(self.run.data)[1]
+
+    def score(self, system: str, bootstrap: int = BOOTSTRAP_SAMPLES) -> Scores:
+        """BLEU and chrF of a system's translations."""
+        lines = self.hypotheses[system]
+        return score(lines, self.references, language=self.language, bootstrap=bootstrap)
+
+    @property
     def engines(self) -> dict[str, str]:
         """Package to version of all engines."""
         return engine_versions(system.options for system in self.systems.values())
@@ -68,9 +85,7 @@ def report_folder(run: Run) -> Path:
 def make_table(findings: Findings) -> tuple[ResultTable, dict[str, Any]]:
     """The table, and what goes beside it into the result file."""
     run, settings = findings.run, findings.settings
-    scores = {
-        name: score(lines, findings.references) for name, lines in findings.hypotheses.items()
-    }
+    scores = {name: findings.score(name) for name in findings.hypotheses}
     paired = {each.system: each for each in _paired(findings)}
     comet = comet_scores(settings.comet, findings) if settings.comet else {}
     models = dict.fromkeys(system.model for system in findings.systems.values())
@@ -171,7 +186,7 @@ def _paired(findings: Findings) -> list[PairedScore]:
     reference = findings.settings.reference
     others = {name: lines for name, lines in findings.hypotheses.items() if name != reference}
     systems = {reference: findings.hypotheses[reference], **others}
-    return paired_bootstrap(systems, findings.references)
+    return paired_bootstrap(systems, findings.references, language=findings.language)
 
 
 def usage(findings: Findings) -> dict[str, list[int]]:

@@ -26,6 +26,7 @@ from fairseq_vqem.compat.generation import (
     mend_rerank,
     rerank,
     score_empty_validation,
+    score_validation_in_its_language,
     synchronise_generation_timer,
 )
 from fairseq_vqem.compat.messages import (
@@ -70,6 +71,7 @@ __all__ = [
     "rerank",
     "restart_failed_saves",
     "score_empty_validation",
+    "score_validation_in_its_language",
     "silence_known_warnings",
     "synchronise_generation_timer",
 ]
@@ -92,6 +94,7 @@ def apply() -> None:
     synchronise_generation_timer()
     honour_sacrebleu_flag()
     score_empty_validation()
+    score_validation_in_its_language()
     explain_bad_checkpoints()
     refuse_missing_restore_file()
     copy_checkpoints_atomically()

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import omegaconf
+import sacrebleu
 import torch
 from fairseq import iterative_refinement_generator
 from fairseq.logging import meters
@@ -125,6 +126,35 @@ def score_empty_validation() -> None:
         return reduce_metrics
 
     patch(TranslationTask, "reduce_metrics", build)
+
+
+def score_validation_in_its_language() -> None:
+    """fairseq's --eval-bleu takes the words of Chinese, Japanese and Korean to end at spaces.
+
+    So it would choose checkpoints by other words than `translation_vqem` and the final scores.
+    """
+    from fairseq_vqem.benchmark.scoring import bleu_for
+
+    def build(inference: Callable[..., Any]) -> Callable[..., Any]:
+        def inference_with_bleu(self: Any, *args: Any, **kwargs: Any) -> Any:
+            metric = bleu_for(self.cfg.target_lang)
+            module: Any = sacrebleu
+            own = module.corpus_bleu
+
+            def corpus_bleu(texts: Any, references: Any, **options: Any) -> Any:
+                if options:  # --eval-tokenized-bleu
+                    return own(texts, references, **options)
+                return metric.corpus_score(texts, references)
+
+            module.corpus_bleu = corpus_bleu
+            try:
+                return inference(self, *args, **kwargs)
+            finally:
+                module.corpus_bleu = own
+
+        return inference_with_bleu
+
+    patch(TranslationTask, "_inference_with_bleu", build)
 
 
 def _scored(logs: Iterable[dict[str, Any]]) -> bool:

@@ -96,7 +96,7 @@ def distill(teaching: Teaching, text: Path | None = None) -> DistillReport:
             record is not None and len(record.split()) >= teaching.max_length for record in records
         ),
         length_ratio=sum(map(len, targets)) / max(1, sum(map(len, references))),
-        bleu_against_reference=_bleu(targets, references),
+        bleu_against_reference=_bleu(targets, references, target_lang),
         seconds=time.monotonic() - started,
         shards_found=teaching.shards - len(pending),
     )
@@ -105,9 +105,9 @@ def distill(teaching: Teaching, text: Path | None = None) -> DistillReport:
     return report
 
 
-def _bleu(targets: Sequence[str], references: Sequence[str]) -> float:
+def _bleu(targets: Sequence[str], references: Sequence[str], language: str) -> float:
     step = max(1, -(-len(references) // SCORED))
-    return score(targets[::step], references[::step], bootstrap=0).bleu
+    return score(targets[::step], references[::step], language=language, bootstrap=0).bleu
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -12,6 +12,7 @@ from fairseq import checkpoint_utils
 from fairseq_vqem.benchmark.engines import engine_versions
 from fairseq_vqem.benchmark.scoring import paired_bootstrap, score
 from fairseq_vqem.benchmark.signature import make_signature
+from fairseq_vqem.benchmark.splits import languages
 from fairseq_vqem.benchmark.tables import (
     ResultRow,
     ResultTable,
@@ -51,15 +52,16 @@ def write_report(run: Run) -> str:
     hypotheses = {}
     for system in systems(run):
         sources, references, hypotheses[system] = read_translations(run, system)
-    rows, metrics = [], {}
+    rows, metrics, language = [], {}, languages(run.data)[1]
     for system, lines in hypotheses.items():
-        scores = score(lines, references)
+        scores = score(lines, references, language=language)
         metrics = scores.signatures
         rows.append(_row(timings[system], scores, notes(run, system, references)))
     students = list(run.recipe.students)
     paired = paired_bootstrap(
         {name: hypotheses[name] for name in (TEACHER_GREEDY, *students, *run.recipe.variants)},
         references,
+        language=language,
     )
     signature = make_signature(
         data=run.data,
@@ -103,7 +105,8 @@ def notes(run: Run, system: str, references: list[str]) -> str:
     """The posterior's BLEU of a student with latents; nothing for others."""
     if system not in run.recipe.students or systems(run)[system].task != VQEM_TASK:
         return ""
-    posterior = score(reconstruct_test(run, system), references, bootstrap=0)
+    language = languages(run.data)[1]
+    posterior = score(reconstruct_test(run, system), references, language=language, bootstrap=0)
     return f"posterior BLEU {posterior.bleu:.1f}"
 
 

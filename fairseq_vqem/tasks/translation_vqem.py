@@ -17,6 +17,7 @@ from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from sacrebleu.metrics import BLEU
 from torch import Tensor
 
+from fairseq_vqem.benchmark.scoring import bleu_for
 from fairseq_vqem.corpora.subwords import post_process_of
 from fairseq_vqem.criterions.vqem_loss import VQEMLoss
 from fairseq_vqem.errors import UserError
@@ -232,8 +233,9 @@ class TranslationVQEMTask(LearnsCodebook, TranslationTask):
         references = [
             utils.strip_pad(row, self.target_dictionary.pad()) for row in sample["target"]
         ]
-        tokenize = "none" if self.cfg.eval_tokenized_bleu else None  # as fairseq's --eval-bleu
-        bleu = BLEU(effective_order=False, tokenize=tokenize).corpus_score(
+        # --eval-tokenized-bleu is fairseq's: words are what spaces separate
+        metric = BLEU(tokenize="none") if self.cfg.eval_tokenized_bleu else self.bleu
+        bleu = metric.corpus_score(
             [self.detokenise(h) for h in hypotheses],
             [[self.detokenise(r, "UNKNOWNTOKENINREF") for r in references]],
         )
@@ -242,6 +244,11 @@ class TranslationVQEMTask(LearnsCodebook, TranslationTask):
             log[f"_{name}_counts_{n}"] = bleu.counts[n]
             log[f"_{name}_totals_{n}"] = bleu.totals[n]
         return log
+
+    @cached_property
+    def bleu(self) -> BLEU:
+        """What scores detokenised text in the target language."""
+        return bleu_for(self.cfg.target_lang)
 
     def detokenise(self, tokens: Tensor, unknown: str = "UNKNOWNTOKENINHYP") -> str:
         text = self.target_dictionary.string(tokens.int().cpu(), self.joiner, unk_string=unknown)

@@ -6,6 +6,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import sacrebleu
 import torch
 from fairseq import iterative_refinement_generator, scoring
 from fairseq.criterions import FairseqCriterion
@@ -138,3 +139,30 @@ def test_a_batch_of_empty_translations_counts_in_the_brevity_penalty() -> None:
     assert validation_bleu(fairseqs, (10, 10, 10), (0, 0, 10)) == 100.0
     assert validation_bleu(ours, (10, 10, 10), (0, 0, 10)) == pytest.approx(100 / math.e, abs=0.01)
     assert validation_bleu(ours, (10, 10, 10)) == 100.0
+
+
+@pytest.mark.parametrize("mended", [False, True])
+@pytest.mark.parametrize("language", ["zh", "de"])
+def test_validation_counts_the_words_of_the_target_language(mended: bool, language: str) -> None:
+    dictionary = Dictionary()
+    row = torch.tensor([dictionary.add_symbol(piece) for piece in ("▁打印", "文档", "▁A4")])
+    cfg = SimpleNamespace(
+        target_lang=language,
+        eval_bleu_remove_bpe="sentencepiece",
+        eval_bleu_print_samples=False,
+        eval_tokenized_bleu=False,
+    )
+    task = SimpleNamespace(
+        cfg=cfg,
+        tgt_dict=dictionary,
+        tokenizer=None,
+        inference_step=lambda *_, **__: [[{"tokens": row}]],
+    )
+    inference = TranslationTask._inference_with_bleu
+    validate = inference if mended else compat.original(inference)
+    own = sacrebleu.corpus_bleu
+    words = 5 if mended and language == "zh" else 2
+    assert validate(task, None, {"target": row[None]}, None).sys_len == words
+    assert sacrebleu.corpus_bleu is own
+    cfg.eval_tokenized_bleu = True
+    assert validate(task, None, {"target": row[None]}, None).sys_len == 2

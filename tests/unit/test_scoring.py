@@ -34,6 +34,34 @@ def test_scores_and_signatures_are_sacrebleus() -> None:
     assert scores.bleu_ci is not None and 0 < scores.bleu_ci < 20
 
 
+CHINESE = ["单击按钮保存文档。", "选择要打印的页面。", "该函数返回一个数字。"]
+
+
+@pytest.mark.parametrize("language", ["zh", "zh_CN", "zh-Hant"])
+def test_chinese_is_scored_by_characters(language: str) -> None:
+    given = [line.replace("文档", "文件") for line in CHINESE]
+    scores = score(given, CHINESE, language=language, bootstrap=0)
+    assert scores.bleu == sacrebleu.corpus_bleu(given, [CHINESE], tokenize="zh").score > 60
+    assert "tok:zh" in scores.signatures["BLEU"]
+    systems = {"same": CHINESE, "given": given}
+    assert paired_bootstrap(systems, CHINESE, language=language)[1].bleu == scores.bleu
+    interval = difference_intervals(given, CHINESE, CHINESE, language=language)["BLEU"]
+    assert interval[0] <= scores.bleu - 100 <= interval[1]
+
+
+def test_other_languages_are_scored_as_before() -> None:
+    assert score(GOOD, REFERENCES, language="de") == score(GOOD, REFERENCES)
+
+
+def test_a_tokeniser_whose_package_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(**_: object) -> None:
+        raise RuntimeError("Please install the correct packages")
+
+    monkeypatch.setattr(scoring, "BLEU", missing)
+    with pytest.raises(UserError, match=r"pip install 'sacrebleu\[ja\]'"):
+        score(GOOD, REFERENCES, language="ja")
+
+
 def test_bootstrap_is_deterministic_and_depends_on_the_seed() -> None:
     before = os.environ.get("SACREBLEU_SEED")
     first = score(GOOD, REFERENCES, seed=7)
@@ -141,6 +169,18 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert result["paired"][1]["bleu_p"] < 0.01
     printed = capsys.readouterr().out
     assert printed.startswith(f"BLEU {result['bleu']:.2f} ± ") and "p(BLEU)" in printed
+
+
+def test_command_line_for_chinese(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text").write_text("\n".join(CHINESE) + "\n", encoding="utf-8")
+    parser = argparse.ArgumentParser()
+    scoring.register(parser.add_subparsers())
+    words = ["score", "--target-lang", "zh"]
+    words += ["--hypotheses", str(tmp_path / "text"), "--references", str(tmp_path / "text")]
+    arguments = parser.parse_args([*words, "--baseline", str(tmp_path / "text")])
+    assert arguments.run(arguments) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("BLEU 100.00") and "tok:zh" in printed
 
 
 def test_length_ratio() -> None:
