@@ -41,7 +41,7 @@ from fairseq_vqem.benchmark.tables import write_table
 from fairseq_vqem.corpora.files import read_lines
 from fairseq_vqem.corpora.prepare import RAW
 from fairseq_vqem.errors import UserError
-from fairseq_vqem.peers.rules import is_autoregressive
+from fairseq_vqem.generation.parts import is_autoregressive
 
 TARGETS = ("references", "teacher")
 

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fairseq import checkpoint_utils, utils
+from fairseq import utils
 
 from fairseq_vqem.benchmark.scoring import score
 from fairseq_vqem.benchmark.splits import languages, read_text
 from fairseq_vqem.corpora.files import write_lines
 from fairseq_vqem.corpora.subwords import load_subwords
 from fairseq_vqem.errors import UserError
-from fairseq_vqem.generation.api import checked_device
+from fairseq_vqem.generation.api import checked_device, load_models
 from fairseq_vqem.tasks.translation_vqem import TranslationVQEMTask
 
 
@@ -28,9 +28,7 @@ def posterior_batches(
         UserError: the checkpoint is not a ``vqem_transformer``, or the device is not there.
     """
     place = checked_device(device)
-    models, _, task = checkpoint_utils.load_model_ensemble_and_task(
-        [checkpoint], arg_overrides={"data": str(data)}
-    )
+    models, task = load_models(checkpoint, data, {})
     if not isinstance(task, TranslationVQEMTask):
         raise UserError(f"{checkpoint} has no latents: give the checkpoint of a vqem_transformer")
     model = models[0].eval().to(place)

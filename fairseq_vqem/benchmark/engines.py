@@ -295,7 +295,8 @@ def translate_batches(
 def length_batches(sentences: Sequence[str], batch_size: int) -> list[list[int]]:
     """Places of the non-empty sentences in batches of similar length."""
     occupied = [place for place, sentence in enumerate(sentences) if sentence.strip()]
-    ordered = sorted(occupied, key=lambda place: (-len(sentences[place].split()), place))
+    lengths = {place: (len(sentences[place].split()), len(sentences[place])) for place in occupied}
+    ordered = sorted(occupied, key=lengths.__getitem__, reverse=True)
     return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
 
 

@@ -42,7 +42,7 @@ def _run(arguments: argparse.Namespace) -> int:
         read_recipe(arguments.recipe, arguments.scale), arguments.out.resolve(), arguments.device
     )
     settings = read_settings(run.recipe, stages.systems(run))
-    stages.check_engines(run)
+    stages.check(run)
     stages.prepare(run)
     check_no_leak(run.out / "corpus" / "raw", languages(run.data)[0])
     stages.train_teacher(run)

@@ -59,7 +59,7 @@ def translate_rows(
     found = Translations({}, {})
     for name, system in systems.items():
         path = run.out / KEPT / f"{file_name(name)}.json"
-        identity = system.identity()
+        identity = {**system.identity(), "batch_size": settings.decode_batch_size}
         kept = read_json(path) if path.is_file() else {}
         if kept.get("system") != identity:
             print(f"translating the test set: {name}", flush=True)

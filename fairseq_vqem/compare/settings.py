@@ -9,11 +9,10 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from fairseq_vqem.errors import UserError
-from fairseq_vqem.pipeline.recipe import Recipe
+from fairseq_vqem.pipeline.recipe import Recipe, is_count
 from fairseq_vqem.pipeline.stages import TEACHER, TEACHER_BEAM, TEACHER_GREEDY
 
 COUNTS = ("decode_batch_size", "throughput_sentences", "throughput_repeats")
-LATENCY = {"sentences": 1, "repeats": 1, "burn_in": 0, "threads": 1}  # and the least of each
 KEPT = "compare"  # the folder of what further calls and further recipes can use
 FOLDERS = ("corpus", "distilled", "translations")  # of other stages
 
@@ -59,7 +58,9 @@ def read_settings(recipe: Recipe, systems: Collection[str]) -> Settings:
     unknown = sorted(set(recipe.compare) - {each.name for each in fields(Settings)})
     if unknown:
         raise UserError(f"the recipe has unknown compare options: {', '.join(unknown)}")
-    settings = Settings(**recipe.compare)
+    settings = Settings(
+        **{name: value for name, value in recipe.compare.items() if value is not None}
+    )
     if not _are_names(settings.summary):
         raise UserError("the compare option summary is a list of systems, each of them once")
     if not _are_pairs(settings.pairs):
@@ -79,13 +80,12 @@ def read_settings(recipe: Recipe, systems: Collection[str]) -> Settings:
     if not settings.baselines:
         raise UserError("compare needs at least one baseline")
     sizes = settings.batch_sizes
-    if not (isinstance(sizes, list | tuple) and sizes and all(_counts(size, 1) for size in sizes)):
+    if not (isinstance(sizes, list | tuple) and sizes and all(is_count(size, 1) for size in sizes)):
         raise UserError(f"the compare option batch_sizes is {sizes}: it is a list such as [8, 32]")
     for name in COUNTS:
         value = getattr(settings, name)
-        if not _counts(value, 1):
+        if not is_count(value, 1):
             raise UserError(f"the compare option {name} is {value}: it must be at least 1")
-    _check_latency(recipe)
     taken = {KEPT, *FOLDERS, TEACHER, *recipe.students}
     if not re.fullmatch(r"[\w.+-]+", recipe.name) or recipe.name in taken:
         raise UserError(
@@ -93,22 +93,6 @@ def read_settings(recipe: Recipe, systems: Collection[str]) -> Settings:
             f" digits, dots and hyphens, and none of {', '.join(sorted(taken))}"
         )
     return settings
-
-
-def _check_latency(recipe: Recipe) -> None:
-    unknown = sorted(set(recipe.latency) - set(LATENCY))
-    if unknown:
-        raise UserError(
-            f"the recipe has latency options that compare does not know: {', '.join(unknown)}"
-        )
-    for name, smallest in LATENCY.items():
-        value = recipe.latency.get(name, smallest)
-        if not _counts(value, smallest):
-            raise UserError(f"the latency option {name} is {value}: it must be at least {smallest}")
-
-
-def _counts(value: Any, smallest: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= smallest
 
 
 def _are_groups(value: Any) -> bool:

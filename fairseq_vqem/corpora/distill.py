@@ -77,6 +77,7 @@ def distill(teaching: Teaching, text: Path | None = None) -> DistillReport:
     text = text or _decoded_text(teaching)
     _check_text(teaching, text)
     check_plan(teaching)
+    (teaching.out / REPORT).unlink(missing_ok=True)  # it says that all is done
     pending = [n for n in range(teaching.shards) if not teaching.shard_file(n).is_file()]
     for done, shard in enumerate(translate_shards(teaching, pending), start=1):
         minutes = (time.monotonic() - started) / 60
@@ -113,6 +114,11 @@ def _bleu(targets: Sequence[str], references: Sequence[str], language: str) -> f
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add ``fairseq-vqem distill``."""
     parser = subparsers.add_parser("distill", help="make training targets with a teacher")
+    _add_options(parser)
+    parser.set_defaults(run=_run)
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--teacher", required=True, metavar="CKPT[:CKPT]", help="or an ensemble")
     parser.add_argument("--data", type=Path, required=True, help="binarised data of the teacher")
     parser.add_argument("--out", type=Path, required=True, help="receives the distilled data")
@@ -127,15 +133,25 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--dtype", default="float32", help="float32, float16 or bfloat16")
-    parser.set_defaults(run=_run)
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def read_teaching(words: Sequence[str]) -> Teaching:
+    """What these arguments of ``fairseq-vqem distill`` ask for; it exits where one is unknown."""
+    parser = argparse.ArgumentParser("fairseq-vqem distill")
+    _add_options(parser)
+    return _teaching(parser.parse_args(words))
+
+
+def _teaching(arguments: argparse.Namespace) -> Teaching:
     options = {name: getattr(arguments, name) for name in Teaching.__dataclass_fields__}
     if arguments.workers is None:
         on_cpu = arguments.device == "cpu"
         options["workers"] = min(MOST_DEFAULT_WORKERS, os.cpu_count() or 1) if on_cpu else 1
-    report = distill(Teaching(**options), arguments.text)
+    return Teaching(**options)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    report = distill(_teaching(arguments), arguments.text)
     for name, value in asdict(report).items():
         shown = f"{value:.3f}" if isinstance(value, float) else value
         print(f"{name.replace('_', ' ')}: {shown}")
@@ -150,6 +166,11 @@ def _check(teaching: Teaching) -> None:
     for path in teaching.teacher.split(":"):
         if not Path(path).is_file():
             raise UserError(f"The teacher {path} does not exist; check the path.")
+
+
+def plan_file(out: Path) -> Path:
+    """Where a distillation into the folder ``out`` records who translates what, and how."""
+    return out / "shards" / PLAN
 
 
 def check_plan(teaching: Teaching) -> None:
@@ -169,7 +190,7 @@ def check_plan(teaching: Teaching) -> None:
         "max_tokens": teaching.max_tokens,
         "dtype": teaching.dtype,
     }
-    path = teaching.out / "shards" / PLAN
+    path = plan_file(teaching.out)
     if not path.is_file():
         write_json(path, plan)
         return

@@ -11,6 +11,7 @@ import json
 import multiprocessing
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -75,7 +76,7 @@ def translate_shards(teaching: Teaching, pending: Sequence[int]) -> Iterator[int
     """Write the shards `pending` and yield the number of each one when it is there.
 
     Raises:
-        UserError: the teacher is damaged or does not fit the data.
+        UserError: the teacher is damaged or does not fit the data, or a process was killed.
     """
     workers = min(teaching.workers, len(pending))
     if workers > 1:
@@ -85,6 +86,11 @@ def translate_shards(teaching: Teaching, pending: Sequence[int]) -> Iterator[int
             work = [pool.submit(_work, teaching, shard) for shard in pending]
             try:
                 yield from (finished.result() for finished in as_completed(work))
+            except BrokenProcessPool as error:
+                raise UserError(
+                    "A process of the distillation was killed, perhaps for want of memory; give"
+                    " the command again with fewer --workers."
+                ) from error
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise

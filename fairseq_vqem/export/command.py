@@ -157,7 +157,7 @@ def export(
     write_artefact(out, translator, decoding_options(translator), weights)
     try:
         return _checked_agreement(translator, out, weights)
-    except Exception as error:  # nothing that the check refuses stays behind
+    except BaseException as error:  # nothing that the check did not pass stays behind
         shutil.rmtree(out)
         if isinstance(error, StandaloneError):  # the runtime cannot load what was written
             raise UserError(str(error)) from error

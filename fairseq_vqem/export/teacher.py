@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-from fairseq.models.transformer import TransformerModelBase
 
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.export.encoder import encode_source, positions
@@ -19,6 +18,7 @@ from fairseq_vqem.export.layers import (
     stacked_projection,
 )
 from fairseq_vqem.export.onnx_graph import GraphBuilder, WeightFile
+from fairseq_vqem.generation.parts import is_autoregressive
 
 PREFIX = "teacher."
 
@@ -113,15 +113,27 @@ class TeacherGraph:
 
 def check_teacher(teacher: Any) -> None:
     """Raise ``UserError`` for a teacher that `TeacherGraph` cannot write."""
-    plain = isinstance(teacher, TransformerModelBase) and all(
+    plain = is_autoregressive(teacher) and all(
         hasattr(part.embed_positions, "get_embedding")
         and part.layernorm_embedding is None
         and part.layer_norm is not None
         for part in (teacher.encoder, teacher.decoder)
     )
-    if not plain or teacher.cfg.activation_fn != "relu" or teacher.decoder.adaptive_softmax:
+    if not plain or not _decodes_plainly(teacher):
         raise UserError(
-            "This teacher cannot be exported: it has to be a Transformer that normalises before"
-            " each block (--encoder-normalize-before --decoder-normalize-before) with sinusoidal"
-            " positions and ReLU."
+            "This teacher cannot be exported: it has to be a plain Transformer that normalises"
+            " before each block (--encoder-normalize-before --decoder-normalize-before) with"
+            " sinusoidal positions and ReLU."
         )
+
+
+def _decodes_plainly(teacher: Any) -> bool:
+    decoder = teacher.decoder
+    return (
+        teacher.cfg.activation_fn == "relu"
+        and not teacher.cfg.cross_self_attention
+        and decoder.adaptive_softmax is None
+        and decoder.project_in_dim is None
+        and decoder.project_out_dim is None
+        and all(layer.encoder_attn is not None for layer in decoder.layers)
+    )

@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from fairseq import checkpoint_utils, tasks, utils
 from fairseq.dataclass.configs import GenerationConfig
+from fairseq.iterative_refinement_generator import IterativeRefinementGenerator
 from fairseq.tasks import TASK_DATACLASS_REGISTRY, FairseqTask
 from fairseq.tasks.translation_lev import TranslationLevenshteinTask
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -28,6 +29,8 @@ from fairseq_vqem.generation.latent_generator import GENERATION_OPTIONS_READ, La
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 GENERATION_OPTIONS = frozenset(field.name for field in fields(GenerationConfig))
+OF_PARALLEL = ("iter_decode_", "decoding_format", "retain_iter_history")
+"""What the names of fairseq's options for parallel models begin with."""
 
 Sample = dict[str, Any]
 Hypothesis = dict[str, Any]
@@ -91,7 +94,7 @@ class Translator:
                 not there.
         """
         generation_config = _generation_config(generation)
-        models, task = _load_models(str(checkpoint), Path(data), dict(task_overrides or {}))
+        models, task = load_models(str(checkpoint), Path(data), dict(task_overrides or {}))
         translator = cls(
             models,
             task,
@@ -249,9 +252,14 @@ def _generation_config(options: Mapping[str, Any]) -> DictConfig:
         raise UserError(f"A generation option has a wrong value: {error.msg}.") from error
 
 
-def _load_models(
+def load_models(
     checkpoint: str, data: Path, overrides: dict[str, Any]
 ) -> tuple[list[Any], FairseqTask]:
+    """The models of ``checkpoint`` (paths joined by colons) and the task of the first.
+
+    Raises:
+        UserError: one is missing or damaged, or does not fit the dictionaries of ``data``.
+    """
     models: list[Any] = []
     task: FairseqTask | None = None
     for path in utils.split_paths(checkpoint):
@@ -289,7 +297,10 @@ def _read_checkpoint(path: str) -> dict[str, Any]:
 def _set_up_task(config: DictConfig, data: Path, overrides: dict[str, Any]) -> FairseqTask:
     if not data.is_dir():
         raise UserError(f"The data directory {data} does not exist; check the path.")
-    known = TASK_DATACLASS_REGISTRY[config._name].__dataclass_fields__
+    name = getattr(config, "_name", None)
+    if name not in TASK_DATACLASS_REGISTRY:
+        raise UserError(f"The checkpoint is of the task {name!r}, which is not supported here.")
+    known = TASK_DATACLASS_REGISTRY[name].__dataclass_fields__
     unknown = sorted(set(overrides) - set(known))
     if unknown:
         raise UserError(
@@ -318,15 +329,24 @@ def _max_source_tokens(task: FairseqTask, models: Sequence[Any]) -> int:
 
 
 def _refuse_ignored(generator: Any, options: Mapping[str, Any]) -> None:
-    """Raise UserError for options of fairseq's search that a latent student would not read."""
-    if not isinstance(generator, LatentGenerator):
-        return
+    """Raise UserError for options of fairseq's search that ``generator`` would not read."""
+    parallel = isinstance(generator, IterativeRefinementGenerator)
+    latents = isinstance(generator, LatentGenerator)
     defaults = GenerationConfig()
+
+    def is_read(name: str) -> bool:
+        if latents:
+            return name in GENERATION_OPTIONS_READ
+        return name.startswith(OF_PARALLEL) == parallel
+
     ignored = sorted(
         name
         for name, value in options.items()
-        if name not in GENERATION_OPTIONS_READ and value != getattr(defaults, name)
+        if not is_read(name) and value != getattr(defaults, name)
     )
+    if ignored and not latents:
+        kind = "a parallel model" if parallel else "an autoregressive model"
+        raise UserError(f"{kind} does not read {', '.join(ignored)}: leave it out")
     if ignored:
         raise UserError(
             f"vqem_transformer does not read {', '.join(ignored)}: its own options are latent_beam,"

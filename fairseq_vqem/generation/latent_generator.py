@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.generation.latent_search import search_latents
-from fairseq_vqem.generation.parts import in_parts, refuse_forced_words
+from fairseq_vqem.generation.parts import in_parts, is_autoregressive, refuse_forced_words
 from fairseq_vqem.generation.records import LatentHypothesis, LatentSearchOptions
 from fairseq_vqem.models.vqem_transformer import VQEMTransformer
 from fairseq_vqem.modules.ctc import frame_mask, read_frames, restrict
@@ -69,10 +69,10 @@ class LatentGenerator(IterativeRefinementGenerator):
         )
         self.search, self.rescore, self.remove_repeats = search, rescore, remove_repeats
         students = self.students(models)
-        if rescore == "teacher" and (len(models) < 2 or isinstance(models[-1], VQEMTransformer)):
+        if rescore == "teacher" and (len(models) < 2 or not is_autoregressive(models[-1])):
             raise UserError(
-                "--rescore teacher needs the teacher's checkpoint last in --path:"
-                " --path student.pt:teacher.pt"
+                "--rescore teacher needs the teacher's checkpoint last in --path, an autoregressive"
+                " one: --path student.pt:teacher.pt"
             )
         if rescore == "teacher" and search.candidates < 2:
             raise UserError("--rescore teacher needs at least --latent-candidates 2")

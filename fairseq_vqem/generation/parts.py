@@ -1,4 +1,4 @@
-"""What the parallel generators share: batches in parts that fit into memory, a refusal."""
+"""What the parallel generators share: batches in parts that fit into memory, refusals."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from fairseq.dataclass.configs import GenerationConfig
+from fairseq.models.nat import FairseqNATModel
+from fairseq.models.transformer import TransformerModelBase
 from torch import Tensor
 
 from fairseq_vqem.errors import UserError
@@ -17,7 +19,7 @@ LEFT_TO_RIGHT = (
     *("score_reference", "sampling", "sampling_topk", "sampling_topp", "temperature"),
     *("diverse_beam_groups", "diversity_rate", "no_repeat_ngram_size", "match_source_len"),
     *("lenpen", "unkpen", "unnormalized", "min_len", "max_len_a", "max_len_b", "lm_path"),
-    *("diverse_beam_strength", "print_alignment"),
+    *("diverse_beam_strength", "print_alignment", "replace_unk", "constraints"),
 )
 """Options of fairseq's autoregressive search."""
 
@@ -34,6 +36,11 @@ def in_parts(sample: dict[str, Any], candidates: int) -> Iterator[tuple[Tensor, 
     if candidates > 1:
         size = max(1, MOST_TOKENS // (candidates * width))
     yield from zip(inputs["src_tokens"].split(size), inputs["src_lengths"].split(size), strict=True)
+
+
+def is_autoregressive(model: Any) -> bool:
+    """Whether ``model`` is one of fairseq's Transformers that write word by word."""
+    return isinstance(model, TransformerModelBase) and not isinstance(model, FairseqNATModel)
 
 
 def refuse_ignored_options(options: Any) -> None:

@@ -150,7 +150,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _check_teacher(teacher: str, translator: Translator) -> None:
-    from fairseq_vqem.peers.rules import is_autoregressive
+    from fairseq_vqem.generation.parts import is_autoregressive
 
     if len(translator.models) != 1 or not is_autoregressive(translator.models[0]):
         raise UserError(

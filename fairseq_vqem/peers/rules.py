@@ -13,14 +13,13 @@ from fairseq.criterions.nat_loss import LabelSmoothedDualImitationCriterion
 from fairseq.dataclass.configs import GenerationConfig
 from fairseq.models.nat import (
     CMLMNATransformerModel,
-    FairseqNATModel,
     IterNATransformerModel,
     LevenshteinTransformerModel,
     NATransformerModel,
 )
-from fairseq.models.transformer import TransformerModelBase
 
 from fairseq_vqem.errors import UserError
+from fairseq_vqem.generation.parts import is_autoregressive
 from fairseq_vqem.peers.ctc_nat import CTCNAT
 from fairseq_vqem.peers.fertility_nat import FertilityNAT
 from fairseq_vqem.peers.losses import CTCNATLoss, FertilityNATLoss
@@ -72,11 +71,6 @@ RULES: dict[type, Rules] = {
     ),
     FertilityNAT: Rules("fertility_nat", FertilityNATLoss, "fertility_nat_loss", one_pass=True),
 }
-
-
-def is_autoregressive(model: Any) -> bool:
-    """Whether ``model`` is one of fairseq's Transformers that write word by word."""
-    return isinstance(model, TransformerModelBase) and not isinstance(model, FairseqNATModel)
 
 
 def rules_of(model: Any) -> Rules:

@@ -6,6 +6,8 @@ import argparse
 import time
 from pathlib import Path
 
+import torch
+
 from fairseq_vqem.benchmark.signature import code_checksum
 from fairseq_vqem.pipeline import stages
 from fairseq_vqem.pipeline.recipe import read_recipe
@@ -28,7 +30,9 @@ def _run(arguments: argparse.Namespace) -> int:
     )
     started = time.monotonic()
     code_checksum()  # of the code as it is loaded, before hours of training
-    stages.check_engines(run)
+    stages.check(run)
+    threads = int(run.recipe.latency.get("threads") or torch.get_num_threads())
+    torch.set_num_threads(threads)  # which the signature states
     stages.prepare(run)
     stages.train_teacher(run)
     stages.distill(run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -15,6 +16,11 @@ Options = dict[str, Any]
 EXTENDS, SCALE = "extends", "{scale}"
 START = "from_student"
 STAGE = ("task", "max_update", "distilled", "from_teacher", START, "generate")  # read by the stages
+LANGUAGES = ("lang", "source_lang", "target_lang")  # of prepare
+LATENCY = {"sentences": 1, "repeats": 1, "burn_in": 0, "threads": 1}  # and the least of each
+VQEM_TASK = "translation_vqem"
+RESERVED = ("source", "reference")  # columns of the translations beside the systems
+TEACHER_BEAM_SIZE = 4  # the row is named after it
 FORBIDDEN = {"students": ":/\\=", "variants": "="}  # folders, and both go into NAME=VALUE
 REQUIRED = ("name", "prepare", "common", "teacher", "students")
 
@@ -85,11 +91,58 @@ def read_recipe(path: Path, scale: str = "cpu") -> Recipe:
         for name, options in content.get(key, {}).items():
             if not isinstance(options, dict):
                 raise UserError(f"{path}: {name!r} among the {key} is {options}, not options")
-            if set(str(name)) & set(forbidden):
+            if not isinstance(name, str):
+                raise UserError(f"{path}: {name} among the {key} is not a text: put it in quotes")
+            if name in RESERVED:
+                raise UserError(f"{path}: {name!r} among the {key} needs another name")
+            if set(name) & set(forbidden):
                 raise UserError(
                     f"{path}: {name!r} among the {key} must be without any of {forbidden}"
                 )
-    return Recipe(**{**content, "students": _with_inherited(path, content["students"])})
+    recipe = Recipe(**{**content, "students": _with_inherited(path, content["students"])})
+    try:
+        _check_stages(recipe)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    return recipe
+
+
+def _check_stages(recipe: Recipe) -> None:
+    """Refuse what would otherwise fail after hours of other stages."""
+    if not isinstance(recipe.prepare.get("corpus"), str):
+        raise UserError("prepare lacks the name of a corpus")
+    for option in LANGUAGES:
+        language = recipe.prepare.get(option, "")
+        if not isinstance(language, str):  # YAML reads no (Norwegian) as false
+            raise UserError(f"the {option} of prepare is {language}: put it in quotes")
+    if not recipe.students:
+        raise UserError("there are no students: give at least one")
+    for name, options in {"teacher": recipe.teacher, **recipe.students}.items():
+        latents = name in recipe.students and options.get("task", VQEM_TASK) == VQEM_TASK
+        shared = {**recipe.common, **(recipe.latent_student if latents else {})}
+        updates = {**shared, **options}.get("max_update")
+        if not is_count(updates, 1):
+            raise UserError(f"the max_update of {name!r} is {updates}: it must be a whole number")
+    if recipe.decode.get("beam", TEACHER_BEAM_SIZE) != TEACHER_BEAM_SIZE:
+        raise UserError(
+            f"the beam under decode is {recipe.decode['beam']}, but the row is named after a beam"
+            f" of {TEACHER_BEAM_SIZE}: add a variant of the teacher instead"
+        )
+    for name, options in recipe.variants.items():
+        if not isinstance(options.get("student"), str):
+            raise UserError(f"the variant {name!r} names no student")
+    unknown = sorted(set(recipe.latency) - set(LATENCY))
+    if unknown:
+        raise UserError(f"there are unknown latency options: {', '.join(unknown)}")
+    for name, smallest in LATENCY.items():
+        value = recipe.latency.get(name, smallest)
+        if not is_count(value, smallest):
+            raise UserError(f"the latency option {name} is {value}: it must be at least {smallest}")
+
+
+def is_count(value: Any, smallest: int) -> bool:
+    """Whether ``value`` is a whole number of at least ``smallest``."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= smallest
 
 
 def _with_inherited(path: Path, students: Mapping[str, Options]) -> dict[str, Options]:
@@ -118,6 +171,8 @@ def _read_layers(path: Path, scale: str, above: tuple[Path, ...]) -> Options:
         raise UserError(f"{path} extends itself")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8: save it as such") from error
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
@@ -143,12 +198,12 @@ def laid_over(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> Options:
 
 
 def flags(options: Options) -> list[str]:
-    """Command-line words of ``options``: true is a bare flag, false leaves the flag out."""
+    """Command-line words of ``options``: true is a bare flag, false none, a mapping is JSON."""
     words: list[str] = []
     for name, value in options.items():
         flag = "--" + name.replace("_", "-")
         if value is True:
             words.append(flag)
         elif value is not False and value is not None:
-            words += [flag, str(value)]
+            words += [flag, json.dumps(value) if isinstance(value, Mapping) else str(value)]
     return words

@@ -48,7 +48,8 @@ HYPOTHESES = "hypotheses.tsv.gz"
 
 def write_report(run: Run) -> str:
     """Score every system, write result, translations and curves; return the report as text."""
-    timings = {row.system: row for row in read_table(run.out / "latency.json")[0].rows}
+    latency = run.out / "latency.json"
+    timings = {row.system: row for row in read_table(latency)[0].rows}
     hypotheses = {}
     for system in systems(run):
         sources, references, hypotheses[system] = read_translations(run, system)
@@ -78,6 +79,7 @@ def write_report(run: Run) -> str:
         signature,
         paired_bootstrap_against_greedy_teacher=[asdict(each) for each in paired],
         training={name: training_summary(run.out / name) for name in ("teacher", *students)},
+        threads=read_json(latency)["threads"],
         distillation=read_json(distilled) if distilled.is_file() else None,
         recipe=asdict(run.recipe),
     )

@@ -10,13 +10,16 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+from fairseq.tasks.translation import TranslationConfig
+
 from fairseq_vqem.analysis.posterior import reconstruct
 from fairseq_vqem.benchmark.engines import check_engine, load_engine, translate_all
 from fairseq_vqem.benchmark.scoring import read_generate_output
 from fairseq_vqem.benchmark.signature import device_name
 from fairseq_vqem.benchmark.splits import languages
 from fairseq_vqem.corpora.binarise import data_checksum
-from fairseq_vqem.corpora.distill import REPORT, check_plan
+from fairseq_vqem.corpora.distill import REPORT, check_plan, plan_file, read_teaching
 from fairseq_vqem.corpora.files import (
     file_sha256,
     read_json,
@@ -26,20 +29,32 @@ from fairseq_vqem.corpora.files import (
     write_lines,
 )
 from fairseq_vqem.corpora.subwords import load_subwords
-from fairseq_vqem.corpora.teaching import Teaching
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.generation.api import checked_device
 from fairseq_vqem.peers.alignments import alignment_prefix
 from fairseq_vqem.pipeline.kept import file_name, forget, identity, is_current, remember
-from fairseq_vqem.pipeline.recipe import START, Options, Recipe, flags
+from fairseq_vqem.pipeline.recipe import (
+    START,
+    TEACHER_BEAM_SIZE,
+    VQEM_TASK,
+    Options,
+    Recipe,
+    flags,
+)
 from fairseq_vqem.pipeline.training import train
 from fairseq_vqem.tasks.translation_vqem import TranslationVQEMConfig
 
 USER_DIR = str(Path(__file__).parents[1])
 ALIGNED_BY = "alignments.json"
-TEACHER, VQEM_TASK = "teacher", "translation_vqem"
-TEACHER_GREEDY, TEACHER_BEAM = "teacher, greedy", "teacher, beam 4"
+TEACHER = "teacher"
+TEACHER_GREEDY, TEACHER_BEAM = "teacher, greedy", f"teacher, beam {TEACHER_BEAM_SIZE}"
 BATCH_SIZE = 64
+OF_TRAINING = ("word_dropout", "word_shuffle", "shuffle_distance", "eval_latent_bleu")
+LATENT_DECODING = [
+    name
+    for name in TranslationVQEMConfig.__dataclass_fields__
+    if name not in (*TranslationConfig.__dataclass_fields__, *OF_TRAINING)
+]
 MAX_LENGTH: Options = {"max_len_a": 2, "max_len_b": 10}
 
 
@@ -150,15 +165,20 @@ def distill(run: Run) -> None:
     """
     if not any(learns_from_teacher(student) for student in run.recipe.students.values()):
         return
-    options = {"beam": 4, **run.recipe.distill, "device": run.device}
-    if (run.distilled / REPORT).is_file():
-        check_plan(Teaching(str(run.teacher), run.data, run.distilled, **options))
+    words = distill_words(run)
+    # Without the plan nothing says whose translations they are.
+    if (run.distilled / REPORT).is_file() and plan_file(run.distilled).is_file():
+        check_plan(read_teaching(words))
         print("distillation: finished before")
         return
-    words = ["fairseq_vqem.cli", "distill", "--teacher", str(run.teacher)]
-    words += ["--data", str(run.data), "--out", str(run.distilled)]
+    run_command(["fairseq_vqem.cli", "distill", *words])
+
+
+def distill_words(run: Run) -> list[str]:
+    """Arguments of ``fairseq-vqem distill``."""
+    words = ["--teacher", str(run.teacher), "--data", str(run.data), "--out", str(run.distilled)]
     words += ["--text", str(run.out / "corpus" / "raw")]
-    run_command([*words, *flags(options)])
+    return [*words, *flags({"beam": 4, **run.recipe.distill, "device": run.device})]
 
 
 def learns_from_teacher(student: Options) -> bool:
@@ -218,8 +238,13 @@ def align(run: Run, data: Path) -> None:
     write_json(record, teacher)
 
 
-def check_engines(run: Run) -> None:
-    """Raise UserError if a row needs an engine that is not installed: before hours of training."""
+def check(run: Run) -> None:
+    """Refuse, before hours of training, options of later stages and engines that are not installed.
+
+    Raises:
+        UserError: a row needs such an engine.
+    """
+    read_teaching(distill_words(run))
     for system in systems(run).values():
         engine, weights = system.options.get("engine", "fairseq"), system.options.get("weights")
         check_engine(engine, run.device, str(weights or "float32"))
@@ -227,11 +252,14 @@ def check_engines(run: Run) -> None:
 
 def systems(run: Run) -> dict[str, System]:
     """Every decoded system by name: teacher, students, variants."""
-    beam = {**MAX_LENGTH, "beam": 4, **run.recipe.decode}
+    beam = {**MAX_LENGTH, "beam": TEACHER_BEAM_SIZE, **run.recipe.decode}
     found = {
         TEACHER_BEAM: _system(run, TEACHER, beam),
         TEACHER_GREEDY: _system(run, TEACHER, {**beam, "beam": 1}),
     }
+    for name in [*run.recipe.students, *run.recipe.variants]:
+        if name in found or (name in run.recipe.students and name in run.recipe.variants):
+            raise UserError(f"there are two systems {name!r}: give one of them another name")
     for name, student in run.recipe.students.items():
         found[name] = _system(run, name, student.get("generate", {}))
     for name, variant in run.recipe.variants.items():
@@ -251,6 +279,14 @@ def systems(run: Run) -> dict[str, System]:
 
 def _system(run: Run, model: str, options: Options) -> System:
     student = run.recipe.students.get(model, {"task": "translation", "distilled": False})
+    if student.get("task", VQEM_TASK) == VQEM_TASK:
+        # fairseq-generate forgets what the training was given
+        trained = {**run.recipe.latent_student, **student}
+        options = {
+            **{name: trained[name] for name in LATENT_DECODING if name in trained},
+            **options,
+        }
+    options = {name: value for name, value in options.items() if value is not None}
     checkpoints = str(run.student(model))
     if options.get("rescore") == "teacher" or options.get("iter_decode_with_external_reranker"):
         checkpoints += f":{run.teacher}"
@@ -285,8 +321,6 @@ def _translate_with_fairseq(run: Run, name: str, system: System) -> None:
 
 
 def _translate_with_engine(run: Run, name: str, system: System) -> None:
-    import torch
-
     torch.manual_seed(run.recipe.seed)
     threads = torch.get_num_threads()
     engine = load_engine(
@@ -327,6 +361,7 @@ def time_systems(run: Run) -> Path:
         "systems": {name: system.identity() for name, system in systems(run).items()},
         "latency": run.recipe.latency,
         "device": device_name(run.device),
+        "threads": torch.get_num_threads(),
     }
     if is_current(output, made_from):
         return output
@@ -337,6 +372,7 @@ def time_systems(run: Run) -> Path:
         if system.options:
             words += ["--system-options", f"{name}={json.dumps(system.options)}"]
     words += ["--output", str(output), "--device", run.device, "--seed", str(run.recipe.seed)]
-    run_command([*words, *flags(run.recipe.latency)])
+    threads = {"threads": torch.get_num_threads()}
+    run_command([*words, *flags({**threads, **run.recipe.latency})])
     remember(output, made_from)
     return output

@@ -84,6 +84,8 @@ class TranslationNATTask(TranslationLevenshteinTask):
             folders = folders[:1]
         folder = folders[(epoch - 1) % len(folders)]
         prefix = alignment_prefix(folder, split, cfg.source_lang, cfg.target_lang)
+        if cfg.load_alignments and cfg.truncate_source:
+            raise UserError("--load-alignments is of whole sources: leave out --truncate-source")
         if cfg.load_alignments and not indexed_dataset.dataset_exists(prefix, cfg.dataset_impl):
             raise UserError(
                 f"--load-alignments: there is no {prefix}.idx: make it with fairseq-vqem align"

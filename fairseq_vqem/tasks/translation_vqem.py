@@ -12,6 +12,7 @@ import torch
 from fairseq import metrics, utils
 from fairseq.data import encoders
 from fairseq.dataclass import ChoiceEnum
+from fairseq.dataclass.configs import GenerationConfig
 from fairseq.tasks import register_task
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from sacrebleu.metrics import BLEU
@@ -150,6 +151,8 @@ class TranslationVQEMTask(LearnsCodebook, TranslationTask):
                 " student.pt:teacher.pt) with --rescore teacher"
             )
         refuse_ignored_options(args)
+        if getattr(args, "retain_dropout", False):
+            raise UserError("latents are searched without dropout: leave out --retain-dropout")
         rescore = str(self.cfg.rescore)
         if getattr(args, "iter_decode_with_external_reranker", False):
             rescore = "teacher"
@@ -206,7 +209,20 @@ class TranslationVQEMTask(LearnsCodebook, TranslationTask):
 
     def validation_arguments(self) -> Namespace:
         """Generation options of validation, such as what is taken from the blank of CTC."""
-        return Namespace(**{"iter_decode_eos_penalty": 0.0, **json.loads(self.cfg.eval_bleu_args)})
+        try:
+            given = json.loads(self.cfg.eval_bleu_args)
+            unknown = sorted(set(given) - set(GenerationConfig.__dataclass_fields__))
+        except (ValueError, TypeError) as error:
+            raise UserError(
+                f"--eval-bleu-args {self.cfg.eval_bleu_args} is no JSON of options:"
+                " write '{\"iter_decode_eos_penalty\": 1}'"
+            ) from error
+        if unknown:
+            raise UserError(
+                f"--eval-bleu-args names {unknown[0]}, which is no option of fairseq's generation:"
+                " give the task's own as flags, such as --latent-beam"
+            )
+        return Namespace(**{"iter_decode_eos_penalty": 0.0, **given})
 
     def predicted(self, sample: dict[str, Any], model: Any) -> list[Tensor]:
         """Greedy translations from the latent predictor's codes."""

@@ -211,3 +211,17 @@ def test_options_that_latents_do_not_read_are_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=f"does not read (--)?{first}"):
             Translator.from_checkpoint(student, data, **unread)
     assert Translator.from_checkpoint(student, data, beam=5, iter_decode_eos_penalty=0.0)
+
+
+def test_options_of_the_other_kind_of_search_are_refused(folder: Path) -> None:
+    data, teacher = folder / "data", folder / "teacher.pt"
+    with pytest.raises(UserError, match="autoregressive model does not read iter_decode_with_beam"):
+        Translator.from_checkpoint(teacher, data, beam=2, iter_decode_with_beam=10)
+
+
+def test_a_checkpoint_of_an_unknown_task_is_named(folder: Path, tmp_path: Path) -> None:
+    state = torch.load(folder / "teacher.pt", weights_only=False)
+    state["cfg"]["task"]["_name"] = "another_task"
+    torch.save(state, tmp_path / "other.pt")
+    with pytest.raises(UserError, match="of the task 'another_task', which is not supported"):
+        Translator.from_checkpoint(tmp_path / "other.pt", folder / "data")

@@ -49,7 +49,6 @@ def test_settings_have_defaults_and_name_their_systems() -> None:
         ({"pairs": [["student"]]}, "list of pairs"),
         ({"pairs": [["student", "student"]]}, "list of pairs"),
         ({"pairs": ["student", "nat"]}, "list of pairs"),
-        ({"pairs": None}, "list of pairs"),
         ({"pairs": [[["student"], "nat"]]}, "list of pairs"),
         ({"groups": {"seeds": ["student", "nat"]}}, "name 'nat'"),
         ({"groups": {"seeds": ["student"]}}, "list of two systems or more"),
@@ -66,21 +65,9 @@ def test_settings_have_defaults_and_name_their_systems() -> None:
             read_settings(recipe(**compare), NAMES)
 
 
-@pytest.mark.parametrize(
-    ("latency", "message"),
-    [
-        ({"sentences": 0}, "sentences is 0: it must be at least 1"),
-        ({"burn_in": -1}, "burn_in is -1: it must be at least 0"),
-        ({"repeats": "3"}, "repeats is 3"),
-        ({"repeat": 3}, "does not know: repeat"),
-    ],
-)
-def test_bad_latency_options_are_refused_before_any_training(
-    latency: dict[str, Any], message: str
-) -> None:
-    read_settings(replace(recipe(), latency={"sentences": 1, "burn_in": 0}), NAMES)
-    with pytest.raises(UserError, match=message):
-        read_settings(replace(recipe(), latency=latency), NAMES)
+def test_null_stands_for_the_default() -> None:
+    found = read_settings(recipe(sampled=None, baselines=None), NAMES)
+    assert found == read_settings(recipe(), NAMES)
 
 
 @pytest.mark.parametrize("name", ["student", "compare", "corpus", "a/b", ""])
@@ -160,8 +147,9 @@ def test_curves_count_the_updates_of_the_start(
 
 def pairs_command(tmp_path: Path, names: list[str], compare: dict[str, Any]) -> int:
     recipe_file = tmp_path / "recipe.yaml"
-    content = {"name": "x", "prepare": {}, "common": {}, "teacher": {}, "students": {"student": {}}}
-    recipe_file.write_text(json.dumps({**content, "compare": compare}))
+    content = {"name": "x", "prepare": {"corpus": "sample"}, "common": {"max_update": 1}}
+    content |= {"teacher": {}, "students": {"student": {}}, "compare": compare}
+    recipe_file.write_text(json.dumps(content))
     texts = {name: [f"{name} writes {n} words." for n in range(4)] for name in names}
     write_columns(tmp_path / "texts.tsv.gz", texts)
     parser = argparse.ArgumentParser()

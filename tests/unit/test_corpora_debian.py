@@ -7,6 +7,7 @@ import json
 import os
 import struct
 import tarfile
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
@@ -197,6 +198,9 @@ def test_requests() -> None:
     for lang in ("en", "Deutsch", "../x", ""):
         with pytest.raises(UserError, match="language"):
             check_request(lang, [])
+    for lang in ("zh_CN", "ja"):
+        with pytest.raises(UserError, match=f"'{lang}' has no spaces between words"):
+            check_request(lang, [])
     with pytest.raises(UserError, match="Unknown group films"):
         check_request("de", ["films"])
     with pytest.raises(UserError, match="no text in 'fr'"):
@@ -207,12 +211,16 @@ FAKE_PROGRAMS = {
     "apt-get": """
 case "$*" in
   *update*) test ! -e REPO/offline || { echo "E: Failed to fetch the index" >&2; exit 100; } ;;
-  *download*) shift 2; echo "$@" >> REPO/log; for p; do cp REPO/$p.tar ${p}_1.0_all.deb; done ;;
+  *download*) shift 2; echo "$@" >> REPO/log; for p; do
+      cp REPO/$p.tar ${p}_`cat REPO/version | sed s/:/%3a/`_all.deb
+    done ;;
 esac""",
     "apt-cache": """
 shift
 for p; do
-  if test -e REPO/$p.tar; then printf '%s:\\n  Installed: (none)\\n  Candidate: 1.0\\n' $p; fi
+  if test -e REPO/$p.tar; then
+    printf '%s:\\n  Installed: (none)\\n  Candidate: %s\\n' $p `cat REPO/version`
+  fi
 done""",
     "dpkg-deb": 'cat "$2"',
 }
@@ -232,6 +240,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of make-believe packages, with programs on PATH that serve them."""
     folder, programs = tmp_path / "repository", tmp_path / "bin"
     folder.mkdir()
+    (folder / "version").write_text("1.0")
     programs.mkdir()
     for name, script in FAKE_PROGRAMS.items():
         path = programs / name
@@ -284,6 +293,25 @@ def test_whole_build_and_its_resumption(repository: Path, tmp_path: Path) -> Non
     (out / "manifest.json").unlink()
     with pytest.raises(UserError, match=r"fetch the package index.*Failed to fetch.*network"):
         build_corpus("de", ["lohelp"], out, work, RULE)
+
+
+def test_another_size_of_the_splits_is_another_corpus(repository: Path, tmp_path: Path) -> None:
+    out, work = tmp_path / "out", tmp_path / "work"
+    first = build_corpus("de", ["lohelp"], out, work, RULE)
+    fewer = replace(RULE, test_size=RULE.test_size - 1)
+    second = build_corpus("de", ["lohelp"], out, work, fewer)
+    assert second["splits"]["test"]["pairs"] == first["splits"]["test"]["pairs"] - 1
+
+
+def test_a_package_of_another_version_is_fetched_again(repository: Path, tmp_path: Path) -> None:
+    """Else pages of two releases would be paired."""
+    work = tmp_path / "work"
+    build_corpus("de", ["lohelp"], tmp_path / "first", work, RULE)
+    (work / "groups" / "de.lohelp.tsv").unlink()
+    (repository / "version").write_text("1:2.0")
+    manifest = build_corpus("de", ["lohelp"], tmp_path / "second", work, RULE)
+    assert set(manifest["packages"]["lohelp"].values()) == {"1:2.0"}
+    assert len((repository / "log").read_text().splitlines()) == 2
 
 
 def read_rows(folder: Path) -> set[tuple[str, str, str]]:

@@ -72,6 +72,10 @@ def test_batches_are_sorted_by_length_and_lose_nothing() -> None:
     assert [len(batch) for batch in engine.batches] == [2, 2]
 
 
+def test_batches_without_spaces_are_sorted_by_length_too() -> None:
+    assert length_batches(["二三", "一二三四", "一", "一二三"], 2) == [[1, 3], [0, 2]]
+
+
 def test_a_dropped_sentence_fails_loudly() -> None:
     with pytest.raises(UserError, match="2 sentences went in and 1 came out"):
         translate_all(Reverser(dropped=1), ["a", "b"], 2)

@@ -11,6 +11,8 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from fairseq.models.nat import NATransformerModel
+from teacher_helpers import tiny_teacher
 
 pytest.importorskip("onnx", reason="needs pip install 'fairseq_vqem[export]'")
 pytest.importorskip("onnxruntime", reason="needs pip install 'fairseq_vqem[export]'")
@@ -29,13 +31,15 @@ from export_helpers import (
 )
 
 from fairseq_vqem.benchmark.engines import check_engine
-from fairseq_vqem.corpora.subwords import SubwordModel
+from fairseq_vqem.corpora.subwords import FAIRSEQ_SPECIALS, SubwordModel, train_subwords
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.export.artefact import need_integer_products, write_artefact
 from fairseq_vqem.export.command import decoding_options, export
 from fairseq_vqem.export.standalone import StandaloneError, StandaloneTranslator, runtime
 from fairseq_vqem.export.standalone.manifest import Options
+from fairseq_vqem.export.standalone.text import Subwords
 from fairseq_vqem.export.standalone.translator import batches_by_length
+from fairseq_vqem.export.teacher import check_teacher
 from fairseq_vqem.generation import api
 from fairseq_vqem.generation.records import LatentSearchOptions
 
@@ -292,3 +296,54 @@ def test_longest_hypotheses_are_the_models(tiny: Any, latent_length: str, ratio:
 def test_batches_are_those_of_the_translator() -> None:
     lengths = [random.Random(n).randint(1, 30) for n in range(50)]
     assert list(batches_by_length(lengths, 70)) == list(api.batches_by_length(lengths, 70))
+
+
+def test_symbols_of_the_dictionary_stay_text(tmp_path: Path) -> None:
+    """Written out in a text, as the checkpoint's own subwords have it."""
+    lines = ["replace <pad> and </s> here", "the <unk> and <s> stay"] * 20
+    (tmp_path / "text").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    model = train_subwords("subword-nmt", [tmp_path / "text"], 200, tmp_path / "model")
+    standalone = Subwords("subword-nmt", model.path)
+    for line in lines[:2]:
+        assert standalone.encode(line) == model.encode(line)
+        assert not set(FAIRSEQ_SPECIALS) & set(standalone.encode(line).split())
+        assert standalone.decode(standalone.encode(line)) == line
+
+
+def test_candidates_count_in_the_size_of_a_batch(
+    tiny: Any, few_subwords: SubwordModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    translator = translator_of(tiny, student_of(tiny), few_subwords, "candidates")
+    standalone = exported(translator, tmp_path)
+    sources = sentences(9)
+    expected = standalone.translate_ids(sources)
+    longest = max(map(len, sources))
+    sizes: list[int] = []
+    translate = standalone._translate_batch
+
+    def counted(batch: Any, forced: Any) -> Any:
+        sizes.append(len(batch))
+        return translate(batch, forced)
+
+    monkeypatch.setattr(standalone, "_translate_batch", counted)
+    most = 2 * longest * standalone.options.candidates
+    monkeypatch.setattr("fairseq_vqem.export.standalone.translator.MOST_CANDIDATE_TOKENS", most)
+    assert standalone.translate_ids(sources) == expected
+    assert sizes[0] == 2 and sum(sizes) == len(sources)
+
+
+def test_teachers_that_the_graph_cannot_be_are_refused(tiny: Any) -> None:
+    def refused(teacher: Any) -> bool:
+        try:
+            check_teacher(teacher)
+        except UserError as error:
+            assert "This teacher cannot be exported" in str(error)
+            return True
+        return False
+
+    assert not refused(tiny_teacher(tiny.task(), normalize_before=True))
+    assert refused(tiny_teacher(tiny.task()))
+    for option in ("cross_self_attention", "no_cross_attention"):
+        teacher = tiny_teacher(tiny.task(), normalize_before=True, **{option: True})
+        assert refused(teacher), option
+    assert refused(Mock(spec=NATransformerModel))

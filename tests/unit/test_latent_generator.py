@@ -6,10 +6,12 @@ import itertools
 import math
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from fairseq.dataclass.configs import GenerationConfig
+from fairseq.models.nat import NATransformerModel
 from generation_helpers import generate, words
 from model_helpers import assert_user_error
 from teacher_helpers import tiny_teacher
@@ -203,7 +205,7 @@ def test_the_task_builds_the_generator(tiny: Any) -> None:
     ("option", "value"),
     [
         *(("score_reference", True), ("sampling", True), ("lenpen", 2.0), ("max_len_b", 50)),
-        *(("print_alignment", "hard"), ("unnormalized", True)),
+        *(("print_alignment", "hard"), ("unnormalized", True), ("replace_unk", "")),
     ],
 )
 def test_options_of_left_to_right_search_are_refused(tiny: Any, option: str, value: Any) -> None:
@@ -213,6 +215,24 @@ def test_options_of_left_to_right_search_are_refused(tiny: Any, option: str, val
     flag = "--" + option.replace("_", "-")
     message = f"parallel decoding does not read {flag}: leave it out"
     assert_user_error(message, lambda: tiny.task().build_generator([tiny.model()], args))
+
+
+def test_dropout_in_decoding_is_refused(tiny: Any) -> None:
+    args = GenerationConfig(retain_dropout=True)
+    assert_user_error(
+        "leave out --retain-dropout", lambda: tiny.task().build_generator([tiny.model()], args)
+    )
+
+
+def test_a_parallel_model_is_no_teacher(tiny: Any) -> None:
+    """Its decoder reads nothing of the candidate's beginning."""
+    model, parallel = tiny.model(), Mock(spec=NATransformerModel)
+    many = LatentSearchOptions(candidates=2)
+    batch = tiny.batch(tiny.pairs(2))
+    assert_user_error(
+        "an autoregressive one",
+        lambda: generate(tiny, [model, parallel], batch, many, "teacher"),
+    )
 
 
 def test_errors(tiny: Any) -> None:

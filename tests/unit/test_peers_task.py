@@ -64,6 +64,12 @@ def test_missing_alignments_are_named(tmp_path: Path) -> None:
         task.load_dataset("train")
 
 
+def test_alignments_are_of_whole_sources(tmp_path: Path) -> None:
+    task = make_task(load_alignments=True, truncate_source=True, data=str(tmp_path))
+    with pytest.raises(UserError, match="leave out --truncate-source"):
+        task.load_dataset("train")
+
+
 def test_source_copy_needs_right_padding() -> None:
     task = make_task(noise="full_mask")
     model = make_model("nonautoregressive_transformer", task, src_embedding_copy=True)

@@ -94,6 +94,34 @@ def test_names_that_share_a_file_are_refused(tmp_path: Path) -> None:
         stages.systems(run)
 
 
+def test_a_variant_cannot_replace_another_system(tmp_path: Path) -> None:
+    run = run_of(tmp_path)
+    variants = {"first": {"student": "first", "iter_decode_with_beam": 5}}
+    with pytest.raises(UserError, match="two systems 'first'"):
+        stages.systems(replace(run, recipe=replace(run.recipe, variants=variants)))
+    with pytest.raises(UserError, match="two systems 'teacher, greedy'"):
+        stages.systems(run_of(tmp_path, **{"teacher, greedy": NAT}))
+
+
+def test_every_way_to_decode_has_what_the_training_was_given(tmp_path: Path) -> None:
+    latent = {"max_update": 3, "remove_repeats": True, "latent_max_offset": 9, "lr": 1}
+    run = run_of(tmp_path, latent={**latent, "word_dropout": 0.3})
+    recipe = replace(
+        run.recipe,
+        latent_student={"latent_end": "joint", "latent_max_offset": 2},
+        variants={
+            "all": {"student": "latent", "remove_repeats": False},
+            "default": {"student": "latent", "remove_repeats": None, "engine": "exported"},
+        },
+    )
+    found = stages.systems(replace(run, recipe=recipe))
+    shared = {"latent_end": "joint", "latent_max_offset": 9}
+    assert found["latent"].options == {**shared, "remove_repeats": True}
+    assert found["all"].options == {**shared, "remove_repeats": False}
+    assert found["default"].options == {**shared, "engine": "exported"}
+    assert found["first"].options == {}
+
+
 def test_a_colon_in_the_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has a colon"):
         run_of(tmp_path / "a:b")
@@ -163,6 +191,32 @@ def test_translations_of_another_teacher_are_refused(tmp_path: Path, commands: l
     with pytest.raises(UserError, match="holds a distillation with other lenpen"):
         stages.distill(longer)
     assert not commands
+
+
+def test_a_distillation_without_a_plan_is_made_again(tmp_path: Path, commands: list[str]) -> None:
+    """Else it would pass for the work of whatever teacher is there now."""
+    run = run_of(tmp_path)
+    with_teacher(run, b"another model")
+    run.distilled.mkdir()
+    (run.distilled / distill_module.REPORT).write_text("{}")
+    stages.distill(run)
+    assert commands == ["distill"]
+
+
+def test_options_of_a_distillation_are_read_the_same_each_time(
+    tmp_path: Path, commands: list[str]
+) -> None:
+    run = run_of(tmp_path)
+    with_teacher(run, b"a model")
+    given = {"beam": "4", "lenpen": "6e-1", "max-length": 99, "max_tokens": None, "text": "x"}
+    run = replace(run, recipe=replace(run.recipe, distill=given))
+    teaching = Teaching(str(run.teacher), run.data, run.distilled, lenpen=0.6, max_length=99)
+    distill_module.check_plan(teaching)
+    (run.distilled / distill_module.REPORT).write_text("{}")
+    stages.distill(run)
+    assert not commands
+    with pytest.raises(SystemExit):
+        stages.check(replace(run, recipe=replace(run.recipe, distill={"beams": 4})))
 
 
 @pytest.mark.parametrize(("distilled", "made"), [(True, ["distill"]), (False, [])])

@@ -10,12 +10,14 @@ from fairseq_vqem.errors import UserError
 from fairseq_vqem.pipeline.recipe import flags, laid_over, read_recipe
 from fairseq_vqem.pipeline.stages import TEACHER_BEAM, TEACHER_GREEDY, Run, systems
 
-BASE = "name: base\nprepare: {corpus: sample}\ncommon: {lr: 1, max_tokens: 5}\nteacher: {arch: a}\n"
+BASE = "name: base\nprepare: {corpus: sample}\ncommon: {lr: 1, max_tokens: 5}\n"
+BASE += "teacher: {arch: a, max_update: 1}\n"
+STUDENT = "students: {s: {max_update: 1}}\n"
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*/*.yaml"))
 
 
 def test_a_recipe_lies_over_the_one_it_extends(tmp_path: Path) -> None:
-    (tmp_path / "cpu.yaml").write_text(BASE + "students: {}\n")
+    (tmp_path / "cpu.yaml").write_text(BASE + STUDENT)
     (tmp_path / "gpu.yaml").write_text("extends: cpu.yaml\ncommon: {max_tokens: 9}\n")
     top = tmp_path / "top.yaml"
     top.write_text('extends: "{scale}.yaml"\nname: top\ncommon: {lr: null, seed: 2}\n')
@@ -41,6 +43,19 @@ def test_a_recipe_lies_over_the_one_it_extends(tmp_path: Path) -> None:
         (BASE + "students: {a: {from_student: b}}\n", "'a' goes on from 'b': which is no student"),
         (BASE + "students: {a: {from_student: b}, b: {}}\n", "'b': put that student before it"),
         (BASE + "students: {a: {from_student: a}}\n", "'a': put that student before it"),
+        (BASE + "students: {}\n", "recipe.yaml: there are no students"),
+        (BASE + "students: {1: {}}\n", "1 among the students is not a text"),
+        (BASE + "students: {reference: {}}\n", "'reference' among the students needs another"),
+        (BASE + "students: {s: {}}\n", "the max_update of 's' is None"),
+        (BASE + "students: {s: {max_update: 1e5}}\n", "the max_update of 's' is 1e5"),
+        (BASE.replace("corpus: sample", "lang: de") + STUDENT, "lacks the name of a corpus"),
+        (BASE.replace("sample", "debian, lang: no") + STUDENT, "the lang of prepare is False"),
+        (BASE + STUDENT + "decode: {beam: 8}\n", "the beam under decode is 8"),
+        (BASE + STUDENT + "variants: {v: {beam: 8}}\n", "the variant 'v' names no student"),
+        (BASE + STUDENT + "latency: {repeat: 8}\n", "unknown latency options: repeat"),
+        (BASE + STUDENT + "latency: {repeats: 0}\n", "repeats is 0: it must be at least 1"),
+        (BASE + STUDENT + "latency: {burn_in: -1}\n", "burn_in is -1: it must be at least 0"),
+        (BASE + STUDENT + "latency: {sentences: '3'}\n", "sentences is 3"),
     ],
 )
 def test_a_bad_recipe_is_refused(tmp_path: Path, text: str, message: str) -> None:
@@ -51,10 +66,17 @@ def test_a_bad_recipe_is_refused(tmp_path: Path, text: str, message: str) -> Non
         read_recipe(tmp_path / "other.yaml")
 
 
+def test_a_recipe_in_another_encoding_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes((BASE + STUDENT + "# für\n").encode("latin-1"))
+    with pytest.raises(UserError, match="is not UTF-8"):
+        read_recipe(path)
+
+
 def test_a_student_has_the_options_of_the_one_it_goes_on_from(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(
-        BASE
+        BASE.replace("lr: 1", "lr: 1, max_update: 9")
         + "students:\n"
         + "  a: {from_teacher: true, lr: 2, dropout: 0.1, generate: {beam: 5}}\n"
         + "  b: {from_student: a, lr: null, max_update: 3}\n"
@@ -84,8 +106,10 @@ def test_flags() -> None:
         "fp16": False,
         "seed": None,
         "adam_betas": "(0.9,0.98)",
+        "eval_bleu_args": {"beam": 1},
     }
-    assert flags(options) == ["--max-tokens", "5", "--cpu", "--adam-betas", "(0.9,0.98)"]
+    words = ["--max-tokens", "5", "--cpu", "--adam-betas", "(0.9,0.98)"]
+    assert flags(options) == [*words, "--eval-bleu-args", '{"beam": 1}']
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import groupby
 from types import SimpleNamespace
 from typing import Any
@@ -192,3 +193,20 @@ def test_subwords_are_joined_for_bleu(tiny: Any) -> None:
         halves.add_symbol(symbol)
     task = tiny.task(halves, eval_bleu_remove_bpe="@@ ")
     assert task.detokenise(torch.tensor([4, 5, 6, 2])) == "gehen wir"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("{latent_beam: 5}", "is no JSON of options"),
+        ("[1]", "names 1, which is no option"),
+        ("3", "is no JSON of options"),
+        ('{"latent_beam": 5}', "names latent_beam, which is no option of fairseq's generation"),
+    ],
+)
+def test_options_of_validation_that_nobody_reads_are_refused(
+    tiny: Any, given: str, message: str
+) -> None:
+    task = tiny.task(eval_latent_bleu=True, eval_bleu_args=given)
+    with pytest.raises(UserError, match=re.escape(message)):
+        task.validation_arguments()

@@ -66,13 +66,13 @@ class PackageStore:
         """
         self._update_index()
         versions = self._candidates(packages)
-        missing = [name for name in versions if not self._archives(name)]
+        missing = [name for name in versions if not self._archives(name, versions[name])]
         batches = range(0, len(missing), DOWNLOAD_BATCH)
         for start in tqdm(batches, desc="downloading", unit="batch", disable=None):
             self._download(missing[start : start + DOWNLOAD_BATCH])
         folders = {}
         for name in tqdm(versions, desc="unpacking", unit="package", disable=None):
-            folders[name] = self._unpack(name)
+            folders[name] = self._unpack(name, versions[name])
         self.versions.update(versions)
         return folders
 
@@ -114,8 +114,9 @@ class PackageStore:
         }
         return {name: found[name] for name in packages if name in found}
 
-    def _archives(self, name: str) -> list[Path]:
-        return sorted((self.folder / "packages").glob(f"{name}_*.deb"))
+    def _archives(self, name: str, version: str) -> list[Path]:
+        pattern = f"{name}_{_quoted(version)}_*.deb"
+        return sorted((self.folder / "packages").glob(pattern))
 
     def _download(self, names: Sequence[str]) -> None:
         partial = self.folder / "packages" / "partial"
@@ -126,16 +127,19 @@ class PackageStore:
             os.replace(archive, partial.parent / archive.name)
         partial.rmdir()
 
-    def _unpack(self, name: str) -> Path:
-        folder = self.folder / "unpacked" / name
+    def _unpack(self, name: str, version: str) -> Path:
+        folder = self.folder / "unpacked" / f"{name}_{_quoted(version)}"
         if folder.is_dir():
             return folder
-        partial = folder.with_name(f".{name}.part")
+        partial = folder.with_name(f".{folder.name}.part")
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        _extract_package(self._archives(name)[-1], partial)
+        self._extract(self._archives(name, version)[-1], partial)
         os.replace(partial, folder)
         return folder
+
+    def _extract(self, archive: Path, folder: Path) -> None:
+        folder.mkdir()
+        _extract_package(archive, folder)
 
     def _run(self, command: list[str], purpose: str, cwd: Path | None = None) -> str:
         environment = {
@@ -154,6 +158,11 @@ class PackageStore:
                 "connection and that apt has package sources, then run again."
             )
         return result.stdout
+
+
+def _quoted(version: str) -> str:
+    """A version as apt writes it into the name of a package's file."""
+    return version.replace(":", "%3a")
 
 
 def _extract_package(archive: Path, folder: Path) -> None:

@@ -32,6 +32,7 @@ from fairseq_vqem.errors import UserError
 
 ENGLISH = "en"
 LANGUAGE_NAME = re.compile(r"[a-z]{2,3}(_[A-Z]{2})?")
+WITHOUT_SPACES = ("zh", "ja", "th", "lo", "km", "my", "dz", "bo")
 DUPLICATE = "duplicate"
 MANIFEST = "manifest.json"
 
@@ -40,8 +41,13 @@ def check_request(lang: str, groups: Sequence[str]) -> list[str]:
     """Return the groups to build, in a fixed order; an empty request means all of them.
 
     Raises:
-        UserError: the language or a group is unknown, or a group is not for this language.
+        UserError: the language or a group is unknown or unfit, or a group is not for this language.
     """
+    if lang.partition("_")[0] in WITHOUT_SPACES:
+        raise UserError(
+            f"{lang!r} has no spaces between words, and the filters of this corpus count words:"
+            " prepare your own text with fairseq-vqem prepare text"
+        )
     if lang == ENGLISH or not LANGUAGE_NAME.fullmatch(lang):
         raise UserError(f"{lang!r} is no language to pair with English; give a code such as 'de'.")
     unknown = sorted(set(groups) - set(GROUP_PACKAGES))
@@ -89,6 +95,8 @@ def build_corpus(
         "target_lang": lang,
         "groups": groups,
         "max_words": max_words,
+        "valid_size": rule.valid_size,
+        "test_size": rule.test_size,
         "split_rule": rule.describe(),
         "labels_kept_from_evaluation": sorted(LABELS_KEPT_FROM_EVALUATION),
     }

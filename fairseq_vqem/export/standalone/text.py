@@ -9,6 +9,7 @@ from pathlib import Path
 from .runtime import needed
 
 BOS, PAD, EOS, UNK = range(4)  # fairseq's special symbols
+SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
 WORD_START = "\u2581"  # SentencePiece's mark
 JOINER = "@@"  # subword-nmt's mark
 
@@ -51,7 +52,11 @@ class Subwords:
         line = " ".join(line.split())
         if self.kind == "sentencepiece":
             return " ".join(self._model.encode(line, out_type=str))
-        return str(self._model.segment(line))
+        # written out in a text, they would become the dictionary's ends of sentences and padding
+        return " ".join(
+            f"{piece[0]}{JOINER} {piece[1:]}" if piece in SPECIALS else piece
+            for piece in self._model.segment(line).split()
+        )
 
     def decode(self, pieces: str) -> str:
         """Return the line that `pieces` came from."""

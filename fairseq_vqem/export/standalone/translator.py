@@ -27,6 +27,7 @@ from .manifest import (
 from .runtime import Graph, check_integer_products
 from .text import BOS, EOS, PAD, Dictionary, Subwords
 
+MOST_CANDIDATE_TOKENS = 8192  # source tokens times candidates in a batch: logits are large
 DECODER_READS = ("tokens", "states", "source_bias")
 
 
@@ -120,7 +121,10 @@ class StandaloneTranslator:
                 f"{codes} codes are impossible; choose 1 to {self.options.table_codes}."
             )
         outputs: list[list[int]] = [[] for _ in sources]
-        for batch in batches_by_length([len(source) for source in sources], self.max_tokens):
+        most = self.max_tokens
+        if self.options.candidates > 1:  # each of them is decoded
+            most = min(most, MOST_CANDIDATE_TOKENS // self.options.candidates)
+        for batch in batches_by_length([len(source) for source in sources], most):
             translated = self._translate_batch([sources[index] for index in batch], codes)
             for index, output in zip(batch, translated, strict=True):
                 outputs[index] = output
