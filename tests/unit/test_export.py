@@ -313,7 +313,9 @@ def test_symbols_of_the_dictionary_stay_text(tmp_path: Path) -> None:
 def test_candidates_count_in_the_size_of_a_batch(
     tiny: Any, few_subwords: SubwordModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    translator = translator_of(tiny, student_of(tiny), few_subwords, "candidates")
+    teacher = tiny_teacher(tiny.task(), normalize_before=True)
+    models = [student_of(tiny), teacher]
+    translator = translator_of(tiny, models, few_subwords, "candidates", rescore="teacher")
     standalone = exported(translator, tmp_path)
     sources = sentences(9)
     expected = standalone.translate_ids(sources)
