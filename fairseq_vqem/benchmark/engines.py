@@ -19,6 +19,15 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "exported": ("onnx", "onnxruntime"),
 }
 """What must be installed for each engine."""
+OWN_OPTIONS: dict[str, tuple[str, ...]] = {
+    "fairseq": (),
+    "ctranslate2": ("beam", "lenpen", "max_len_a", "max_len_b", "compute_type", "workers"),
+    "exported": (
+        *("weights", "workers", "iter_decode_eos_penalty"),
+        *("iter_decode_with_beam", "iter_decode_with_external_reranker"),
+    ),
+}
+"""Beside those of fairseq's task, which CTranslate2 knows nothing of."""
 COMPUTE_TYPES = ("float32", "int8", "int16", "bfloat16", "float16", "int8_float32")
 
 
@@ -219,6 +228,26 @@ def check_engine(name: str, device: str, weights: str = "float32") -> None:
             raise UserError(f"weights are {weights!r}: choose {' or '.join(WEIGHTS)}")
         if weights == "int8":
             need_integer_products()
+
+
+def unknown_options(options: Mapping[str, Any], task: str) -> list[str]:
+    """Names among an engine's ``options`` that it would not read.
+
+    Args:
+        options: as `load_engine` takes them, of an engine that there is.
+        task: fairseq's, of the model that is decoded.
+    """
+    from fairseq.tasks import TASK_DATACLASS_REGISTRY
+
+    from fairseq_vqem.generation.api import GENERATION_OPTIONS
+
+    engine = options.get("engine", "fairseq")
+    known = {"engine", *OWN_OPTIONS[engine]}
+    if engine != "ctranslate2":
+        known |= set(TASK_DATACLASS_REGISTRY[task].__dataclass_fields__)
+    if engine == "fairseq":
+        known |= GENERATION_OPTIONS
+    return sorted(set(options) - known)
 
 
 def load_engine(

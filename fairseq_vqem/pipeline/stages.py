@@ -14,7 +14,7 @@ import torch
 from fairseq.tasks.translation import TranslationConfig
 
 from fairseq_vqem.analysis.posterior import reconstruct
-from fairseq_vqem.benchmark.engines import check_engine, load_engine, translate_all
+from fairseq_vqem.benchmark.engines import check_engine, load_engine, translate_all, unknown_options
 from fairseq_vqem.benchmark.scoring import read_generate_output
 from fairseq_vqem.benchmark.signature import device_name
 from fairseq_vqem.benchmark.splits import languages
@@ -242,12 +242,14 @@ def check(run: Run) -> None:
     """Refuse, before hours of training, options of later stages and engines that are not installed.
 
     Raises:
-        UserError: a row needs such an engine.
+        UserError: a row needs such an engine, or has an option that it does not know.
     """
     read_teaching(distill_words(run))
-    for system in systems(run).values():
+    for name, system in systems(run).items():
         engine, weights = system.options.get("engine", "fairseq"), system.options.get("weights")
         check_engine(engine, run.device, str(weights or "float32"))
+        if unknown := unknown_options(system.options, system.task):
+            raise UserError(f"the engine {engine} of {name!r} has no option {', '.join(unknown)}")
 
 
 def systems(run: Run) -> dict[str, System]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from fairseq_vqem.benchmark.engines import PACKAGES
 from fairseq_vqem.corpora import distill as distill_module
 from fairseq_vqem.corpora.files import file_sha256
 from fairseq_vqem.corpora.teaching import Teaching
@@ -122,6 +123,28 @@ def test_every_way_to_decode_has_what_the_training_was_given(tmp_path: Path) -> 
     assert found["first"].options == {}
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"iter_decode_wiht_beam": 5}, "fairseq of 'v' has no option iter_decode_wiht_beam"),
+        ({"engine": "fast"}, "no engine 'fast'"),
+        ({"engine": "ctranslate2", "remove_repeats": True}, "ctranslate2 of 'v' has no option"),
+        ({"engine": "exported", "lenpen": 1}, "exported of 'v' has no option lenpen"),
+    ],
+)
+def test_options_that_no_engine_reads_are_refused_before_any_training(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    run = run_of(tmp_path)
+    variants = {"v": {"student": "first", **options}}
+    if options.get("engine") in PACKAGES:
+        for package in PACKAGES[options["engine"]]:
+            pytest.importorskip(package)
+    stages.check(run)
+    with pytest.raises(UserError, match=message):
+        stages.check(replace(run, recipe=replace(run.recipe, variants=variants)))
+
+
 def test_a_colon_in_the_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has a colon"):
         run_of(tmp_path / "a:b")
@@ -215,7 +238,7 @@ def test_options_of_a_distillation_are_read_the_same_each_time(
     (run.distilled / distill_module.REPORT).write_text("{}")
     stages.distill(run)
     assert not commands
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit):  # by argparse
         stages.check(replace(run, recipe=replace(run.recipe, distill={"beams": 4})))
 
 

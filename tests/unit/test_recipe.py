@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from fairseq_vqem.benchmark.engines import unknown_options
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.pipeline.recipe import flags, laid_over, read_recipe
 from fairseq_vqem.pipeline.stages import TEACHER_BEAM, TEACHER_GREEDY, Run, systems
@@ -119,6 +120,8 @@ def test_every_recipe_of_the_project_can_be_read(path: Path, tmp_path: Path) -> 
     for scale in ("cpu", "gpu"):
         found = systems(Run(read_recipe(path, scale), tmp_path, "cpu"))
         assert {TEACHER_BEAM, TEACHER_GREEDY} < set(found)
+        for system in found.values():
+            assert not unknown_options(system.options, system.task)
 
 
 @pytest.mark.parametrize("name", ["full", "quick"])
