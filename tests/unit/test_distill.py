@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from test_api import MAX_POSITIONS, PAIRS, SPLITS, make_data, make_teacher
+from tiny_student import make_student
 
 from fairseq_vqem.benchmark.signature import read_result
 from fairseq_vqem.benchmark.splits import read_split
@@ -197,3 +198,12 @@ def test_shards_partition_the_sentences_by_length(shards: int) -> None:
     order = [index for part in parts for index in part]
     assert sorted(order) == list(range(len(lengths)))
     assert [lengths[index] for index in order] == sorted(lengths, reverse=True)
+
+
+def test_a_parallel_teacher_is_refused(folder: Path, tmp_path: Path) -> None:
+    data = folder / "data"
+    student = make_student(data, tmp_path / "student.pt", updates=1)
+    with pytest.raises(
+        UserError, match=r"student.pt is a parallel model \(--task translation_vqem"
+    ):
+        distill(Teaching(str(student), data, tmp_path / "out"))
