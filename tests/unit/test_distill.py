@@ -203,7 +203,5 @@ def test_shards_partition_the_sentences_by_length(shards: int) -> None:
 def test_a_parallel_teacher_is_refused(folder: Path, tmp_path: Path) -> None:
     data = folder / "data"
     student = make_student(data, tmp_path / "student.pt", updates=1)
-    with pytest.raises(
-        UserError, match=r"student.pt is a parallel model \(--task translation_vqem"
-    ):
+    with pytest.raises(UserError, match=r"student\.pt is a parallel model"):
         distill(Teaching(str(student), data, tmp_path / "out"))
