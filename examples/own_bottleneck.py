@@ -23,6 +23,7 @@ LEVELS = 8
 class FiniteScalar(Bottleneck):
     """K = 8^d codes: d numbers of 8 levels each between two linear maps."""
 
+    straight_through = False  # `widen` learns: the latents' gradient is not that of the input
     places: Tensor
 
     def __init__(self, options: BottleneckOptions) -> None:

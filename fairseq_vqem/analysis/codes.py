@@ -34,6 +34,8 @@ from fairseq_vqem.corpora.subwords import load_subwords
 from fairseq_vqem.errors import UserError
 
 UNKNOWN = "\ufffd"
+FEWEST_PERMUTATIONS = 20
+"""Of fewer, none is ever far enough from their mean to pass for telling."""
 
 
 @torch.no_grad()
@@ -113,8 +115,12 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    if arguments.permutations < 2 or arguments.examples < 0:
-        raise UserError("--permutations must be at least 2 and --examples at least 0")
+    if arguments.permutations < FEWEST_PERMUTATIONS or arguments.examples < 0:
+        raise UserError(
+            f"--permutations must be at least {FEWEST_PERMUTATIONS} and --examples at least 0"
+        )
+    if arguments.seed < 0:
+        raise UserError(f"--seed is {arguments.seed}: it must not be negative")
     coded = encode_split(
         arguments.checkpoint, arguments.data, arguments.split, arguments.device, arguments.examples
     )

@@ -223,6 +223,9 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.seeds < 1:
         raise UserError(f"--seeds is {arguments.seeds}: there must be at least 1")
+    for name in ("centres", "dimension", "steps"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name} is {getattr(arguments, name)}: it must be at least 1")
     if arguments.output and arguments.output.suffix == PLOT:
         raise UserError(
             f"--output {arguments.output} is the plot beside it: name the result file .json"

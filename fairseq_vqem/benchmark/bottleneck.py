@@ -312,6 +312,8 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
     from fairseq_vqem.generation.api import checked_device
 
     checked_device(arguments.device)
+    if arguments.seed < 0:
+        raise UserError(f"--seed is {arguments.seed}: it must not be negative")
     if min(arguments.samples) < 1:
         raise UserError(f"--samples holds {min(arguments.samples)}: each must be positive")
 

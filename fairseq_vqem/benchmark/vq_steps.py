@@ -162,7 +162,7 @@ def _own_step(rows: Tensor, problem: Problem) -> Step:
     bottleneck = build_bottleneck(problem.kind, options).to(rows.device).train()
     with torch.no_grad():
         for name, tensor in [*bottleneck.named_parameters(), *bottleneck.named_buffers()]:
-            if name.rsplit(".", 1)[-1] in ("embeddings", "sums"):
+            if name.rsplit(".", 1)[-1] in ("embeddings", "sums", "start"):
                 tensor.mul_(problem.scale)
     parameters = list(bottleneck.parameters())
     optimiser = torch.optim.SGD(parameters, LEARNING_RATE) if parameters else None

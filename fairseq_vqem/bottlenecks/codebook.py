@@ -80,10 +80,12 @@ class EMACodebook(Float32Buffers):
         super().__init__()
         self.size, self.dimension, self.decay, self.update_rule = size, dimension, decay, update
         self.remembers, self.dead_below = init == "kmeans++", dead_below
+        # with a count of 1, codes would restart before they could be hit
+        self.first_count = restart_count(dead_below) if dead_below > 0 else 1.0
         start = torch.randn(size, dimension)
         self.register_buffer("embeddings", start)
-        self.register_buffer("counts", torch.ones(size))
-        self.register_buffer("sums", start.clone())
+        self.register_buffer("counts", torch.full((size,), self.first_count))
+        self.register_buffer("sums", self.first_count * start)
         self.register_buffer("observed", torch.zeros((), dtype=torch.long))
         self.register_buffer("pending_counts", torch.zeros(size), persistent=False)
         self.register_buffer("pending_sums", torch.zeros(size, dimension), persistent=False)
@@ -180,8 +182,10 @@ class EMACodebook(Float32Buffers):
         rows = rows[-self.size :]
         slots = (self.observed + torch.arange(rows.size(0), device=rows.device)) % self.size
         self.embeddings[slots] = rows
-        self.sums[slots] = rows
-        self.counts[slots] = 1.0  # a second warm-up finds the counts of a trained codebook
+        self.sums[slots] = self.first_count * rows
+        self.counts[slots] = (
+            self.first_count
+        )  # a second warm-up finds the counts of a trained codebook
         self.observed += rows.size(0)
 
     def _seed(self, rows: Tensor) -> None:
@@ -189,8 +193,8 @@ class EMACodebook(Float32Buffers):
         self.embeddings.copy_(rows[kmeans_plus_plus(rows, self.size, seed=int(self.observed))])
         if distributed():  # running sums on GPUs differ in the last bits, and so may the choice
             dist.broadcast(self.embeddings, 0)
-        self.sums.copy_(self.embeddings)
-        self.counts.fill_(1.0)
+        self.sums.copy_(self.first_count * self.embeddings)
+        self.counts.fill_(self.first_count)
 
     def _restart(self, dead: Tensor) -> None:
         """Move the ``dead`` ``[K]`` (booleans) codes to rows of this update, as far as they go."""
@@ -198,10 +202,10 @@ class EMACodebook(Float32Buffers):
         if not codes.numel():
             return
         rows = pick_rows(self._joined(self._pending_rows), codes.numel(), int(self.restarts))
-        codes, count = codes[: rows.size(0)], restart_count(self.dead_below)
+        codes = codes[: rows.size(0)]
         self.embeddings[codes] = rows
-        self.sums[codes] = count * rows
-        self.counts[codes] = count
+        self.sums[codes] = self.first_count * rows
+        self.counts[codes] = self.first_count
         self.restarts += 1
 
     def _joined(self, parts: list[Tensor]) -> Tensor:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BFLOAT16_ERROR = 2.0**-9
+BFLOAT16_ERROR = 2.0**-8
 """Largest relative error of rounding a number to bfloat16."""
 PRODUCT_ERROR = 3.1 * BFLOAT16_ERROR
 """Both factors and the product are rounded; the rest covers their products and summation."""

@@ -12,7 +12,12 @@ from omegaconf import OmegaConf, open_dict
 from fairseq_vqem.bottlenecks import BottleneckOptions
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.images.shapes import SIDE
-from fairseq_vqem.models.config import VQEMTransformerConfig, bottleneck_options, option
+from fairseq_vqem.models.config import (
+    VQEMTransformerConfig,
+    bottleneck_options,
+    check_codebook_size,
+    option,
+)
 
 SHARED = ("bottleneck", "code_stream", "quantise_schedule")
 """Options beside those of ``BottleneckOptions`` that mean what they mean in translation."""
@@ -80,6 +85,7 @@ def check_config(cfg: Any) -> None:
         side //= stride
     if cfg.latents_per_position < 1 or cfg.residual_layers < 0:
         raise UserError("--latents-per-position must be positive and --residual-layers at least 0")
+    check_codebook_size(cfg)
     bottleneck_options(cfg)
 
 

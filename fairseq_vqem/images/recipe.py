@@ -87,8 +87,11 @@ def read_image_recipe(path: Path) -> ImageRecipe:
         raise UserError(f"{path}: the corpus {content['corpus']} is none of {', '.join(CORPORA)}")
     _check_options(path, content)
     generation = content.get("generation")
+    if generation is not None and not isinstance(generation, dict):
+        raise UserError(f"{path}: generation is {generation}, not options: leave it out for none")
     try:
-        recipe = ImageRecipe(**{**content, "generation": generation and Generation(**generation)})
+        made = None if generation is None else Generation(**generation)
+        recipe = ImageRecipe(**{**content, "generation": made})
     except TypeError as error:
         raise UserError(f"{path}: generation has wrong keys ({error})") from error
     if not isinstance(recipe.seeds, list) or not all(isinstance(n, int) for n in recipe.seeds):

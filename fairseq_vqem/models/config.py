@@ -1,5 +1,6 @@
 """Options of ``vqem_transformer`` and the check of their combination."""
 
+import logging
 from argparse import SUPPRESS, BooleanOptionalAction, Namespace
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
@@ -15,6 +16,8 @@ from fairseq_vqem.bottlenecks.base import BOTTLENECKS, CHOICES, Bottleneck, find
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.modules.convolutions import EXPANDER_KINDS, RESIDUAL_PLACEMENTS
 from fairseq_vqem.schedules import parse_schedule
+
+log = logging.getLogger(__name__)
 
 LATENT_LENGTHS = ("end", "source")
 CODE_STREAMS = ("auto", "joint", "factorised")
@@ -137,18 +140,8 @@ class VQEMTransformerConfig(FairseqDataclass):
 
 def check_config(cfg: VQEMTransformerConfig) -> None:
     """Raise ``UserError`` for options that do not go together."""
-    if cfg.codebook_size < 2:
-        raise UserError(
-            f"--codebook-size is {cfg.codebook_size}: a codebook needs at least 2 codes"
-        )
+    check_codebook_size(cfg)
     bottleneck_options(cfg)
-    joint = cfg.num_codebooks == 1 or not factorises(cfg)
-    if cfg.codebook_size > LARGEST_JOINT_CODEBOOK and joint:
-        raise UserError(
-            f"--codebook-size {cfg.codebook_size} is too large for one codebook: use at most"
-            f" {LARGEST_JOINT_CODEBOOK} codes or several codebooks (--num-codebooks), and no"
-            " --code-stream joint"
-        )
     if cfg.compress_steps < 1:
         raise UserError(f"--compress-steps is {cfg.compress_steps}: it must be at least 1")
     prior = parse_schedule(cfg.predictor_prior, minimum=0.0)
@@ -220,6 +213,21 @@ def factorises(cfg: VQEMTransformerConfig) -> bool:
     return cfg.codebook_size > LARGEST_JOINT_CODEBOOK
 
 
+def check_codebook_size(cfg: Any) -> None:
+    """Raise ``UserError`` for a codebook too small, or too large for one symbol per latent."""
+    if cfg.codebook_size < 2:
+        raise UserError(
+            f"--codebook-size is {cfg.codebook_size}: a codebook needs at least 2 codes"
+        )
+    joint = cfg.num_codebooks == 1 or not factorises(cfg)
+    if cfg.codebook_size > LARGEST_JOINT_CODEBOOK and joint:
+        raise UserError(
+            f"--codebook-size {cfg.codebook_size} is too large for one codebook: use at most"
+            f" {LARGEST_JOINT_CODEBOOK} codes or several codebooks (--num-codebooks), and no"
+            " --code-stream joint"
+        )
+
+
 def check_effective(cfg: Any) -> None:
     """Raise ``UserError`` for options of the codebook that would change nothing in a training.
 
@@ -237,6 +245,12 @@ def check_effective(cfg: Any) -> None:
             " it out"
         )
     _check_read(cfg, kind, name)
+    if str(cfg.codebook_init) == "kmeans++" and parse_schedule(cfg.quantise_schedule).start > 0:
+        log.warning(
+            "--codebook-init kmeans++ changes nothing: with --quantise-schedule %s no update is"
+            " without quantisation, and no codebook is made",
+            cfg.quantise_schedule,
+        )
     learned = str(cfg.cluster_prior) == "learned"
     if learned and not kind.has_codebook_care:
         raise UserError(

@@ -87,7 +87,7 @@ def test_own_steps_learn_and_scale_their_codes(monkeypatch: pytest.MonkeyPatch) 
         return made[-1]
 
     monkeypatch.setattr(vq_steps, "build_bottleneck", build)
-    for kind in ("hard-em", "gumbel"):
+    for kind in ("hard-em", "gumbel", "gradient-vq", "gm-vq"):
         step = vq_steps.make_step(problem(kind, scale=0.001))
         codes = made[-1].lookup(torch.arange(16)).detach().clone()
         assert 0 < codes.std() < 0.01

@@ -360,7 +360,7 @@ def test_command_writes_a_signed_result_and_a_page_of_its_own(
 
 def test_padding_model_reports_its_pad_latent(folder: Path, tmp_path: Path) -> None:
     words = ("--checkpoint", str(folder / "padded.pt"), "--out", str(tmp_path))
-    assert run(folder, *words, "--permutations", "5", "--examples", "1") == 0
+    assert run(folder, *words, "--permutations", "20", "--examples", "1") == 0
     result = read_result(tmp_path / "codes.json")
     after = result["ending"]["windows_after_end"]
     found = encode_split(str(folder / "padded.pt"), folder / "data", "test")
@@ -374,7 +374,7 @@ def test_mistakes_are_user_errors(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no tset split"):
         run(folder, *words, "--split", "tset")
     with pytest.raises(UserError, match="--permutations must be"):
-        run(folder, *words, "--permutations", "0")
+        run(folder, *words, "--permutations", "19")
     with pytest.raises(UserError, match="does not exist"):
         run(folder, "--checkpoint", "none.pt", "--out", str(tmp_path))
     assert not list(tmp_path.iterdir())

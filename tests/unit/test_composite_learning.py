@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fairseq_vqem.bottlenecks import Bottleneck, BottleneckOptions, BottleneckOutput, HardEM
+from fairseq_vqem.bottlenecks import (
+    Bottleneck,
+    BottleneckOptions,
+    BottleneckOutput,
+    HardEM,
+    build_bottleneck,
+)
 from fairseq_vqem.bottlenecks.composite import build_composite, join_digits, split_digits
 from fairseq_vqem.errors import UserError
 
@@ -210,3 +217,15 @@ def test_bad_options(options: dict[str, Any], words: str) -> None:
     assert "\n" not in str(error.value) and ". " not in str(error.value)
     make(split="residual", n=3)  # levels have all dimensions
     assert isinstance(make().parts[0], HardEM)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_the_example_of_an_own_bottleneck_learns_in_every_split(
+    split: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it widens is its own: nobody may put the input's gradient in its place."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples"))
+    options = BottleneckOptions(64**2, 8, num_codebooks=2, codebook_split=split)
+    composite = build_bottleneck("own_bottleneck:FiniteScalar", options).train()
+    composite(torch.randn(20, 8)).latents.sum().backward()
+    assert all(parameter.grad is not None for parameter in composite.parameters())

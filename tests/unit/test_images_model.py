@@ -120,6 +120,11 @@ def test_a_latent_sees_its_own_part_of_the_picture() -> None:
         ({"bottleneck": "vq"}, "--bottleneck vq is not known"),
         ({"num_codebooks": 2, "codebook_size": 15}, "not a whole number to the power of 2"),
         ({"quantise_schedule": "2"}, "above its maximum"),
+        ({"codebook_size": 1}, "at least 2 codes"),
+        (
+            {"codebook_size": 2**32, "num_codebooks": 4, "code_stream": "joint"},
+            "is too large for one codebook",
+        ),
     ],
 )
 def test_wrong_options_are_one_sentence(options: dict[str, Any], message: str) -> None:

@@ -80,6 +80,7 @@ def test_generation_may_be_left_out(tmp_path: Path) -> None:
             r"names \['vq'\], which are no systems",
         ),
         ({"generation": {"seed": 1, "prior": {}}}, "the prior's max_update"),
+        ({"generation": False}, "generation is False, not options"),
         ({"generation": {"seed": 1, "prior": None}}, "the prior's max_update"),
         (generation_with(temperature=0), "a temperature above 0"),
         (generation_with(feature_epochs=0), "1 or more feature_epochs"),

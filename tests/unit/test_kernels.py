@@ -312,3 +312,14 @@ def test_square_norms() -> None:
     vectors = torch.randn(5000, 3)
     wanted = (double(vectors) ** 2).sum(1)
     np.testing.assert_allclose(double(kernels.square_norms(vectors)), wanted, rtol=1e-5)
+
+
+def test_screening_never_rules_out_the_nearest_code() -> None:
+    """All coordinates are rounded as far as bfloat16 rounds at all, and in opposite directions."""
+    dimension, codes = 257, torch.zeros(1024, 257)
+    codes[0], codes[1] = 1 + 2**-8 + 1e-5, 1 + 2**-8 - 1e-5
+    codes[2], codes[3] = -codes[0], -codes[1]
+    rows = torch.ones(64, dimension)
+    nearest = int(distances(rows[:1], codes).argmin())
+    with way("screened"):
+        assert set(kernels.nearest_codes(rows, codes).tolist()) == {nearest} == {1}

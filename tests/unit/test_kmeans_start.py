@@ -118,3 +118,17 @@ def test_fewer_rows_than_codes_leave_the_ring() -> None:
     after = state(seeded)
     assert after.pop("codebook.remembered").shape == (0, 4)
     assert_same_state(after, state(ring))
+
+
+@pytest.mark.parametrize("init", ["latest", "kmeans++"])
+def test_the_first_codes_live_long_enough_to_be_hit(init: str) -> None:
+    """The threshold may be above the count that a codebook without restarts begins with."""
+    torch.manual_seed(0)
+    care = dict(codebook_init=init, dead_code_threshold=2.0, codebook_decay=0.99)
+    bottleneck = make(size=8, **care)
+    centres = 10 * torch.randn(8, 4)
+    warm_up(bottleneck, [centres + 0.01 * torch.randn(8, 4) for _ in range(3)])
+    for _ in range(3):
+        update(bottleneck, centres.repeat(4, 1) + 0.01 * torch.randn(32, 4))
+    assert int(bottleneck.codebook.restarts) == 0
+    assert torch.cdist(bottleneck.codebook.embeddings, centres).min(0).values.max() < 0.1

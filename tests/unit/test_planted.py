@@ -63,6 +63,8 @@ def test_training_moves_codes_to_centres() -> None:
     [
         (["--centres", "9"], "semhash does not go with --centres 9 .*power of two"),
         (["--seeds", "0"], "--seeds is 0"),
+        (["--dimension", "-1"], "--dimension is -1: it must be at least 1"),
+        (["--steps", "-10"], "--steps is -10"),
         (["--output", "planted.png"], "is the plot beside it"),
     ],
 )
