@@ -79,10 +79,11 @@ def bleu_for(language: str = "", references: Sequence[str] | None = None) -> BLE
         UserError: a package that this tokeniser needs is missing.
     """
     cached = None if references is None else [references]
+    code = re.split("[-_]", language)[0]
     try:
-        return BLEU(trg_lang=re.split("[-_]", language)[0], references=cached)
+        return BLEU(trg_lang=code, references=cached)
     except RuntimeError as error:
-        package = f"sacrebleu[{language}]"
+        package = f"sacrebleu[{code}]"
         raise UserError(
             f"BLEU of text in {language!r} needs a package that is missing: pip install '{package}'"
         ) from error

@@ -137,14 +137,13 @@ def score_validation_in_its_language() -> None:
 
     def build(inference: Callable[..., Any]) -> Callable[..., Any]:
         def inference_with_bleu(self: Any, *args: Any, **kwargs: Any) -> Any:
-            metric = bleu_for(self.cfg.target_lang)
             module: Any = sacrebleu
             own = module.corpus_bleu
 
             def corpus_bleu(texts: Any, references: Any, **options: Any) -> Any:
-                if options:  # --eval-tokenized-bleu
+                if options:  # --eval-tokenized-bleu, which needs no tokeniser's package
                     return own(texts, references, **options)
-                return metric.corpus_score(texts, references)
+                return bleu_for(self.cfg.target_lang).corpus_score(texts, references)
 
             module.corpus_bleu = corpus_bleu
             try:

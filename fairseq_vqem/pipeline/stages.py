@@ -374,7 +374,6 @@ def time_systems(run: Run) -> Path:
         if system.options:
             words += ["--system-options", f"{name}={json.dumps(system.options)}"]
     words += ["--output", str(output), "--device", run.device, "--seed", str(run.recipe.seed)]
-    threads = {"threads": torch.get_num_threads()}
-    run_command([*words, *flags({**threads, **run.recipe.latency})])
+    run_command([*words, *flags({**run.recipe.latency, "threads": torch.get_num_threads()})])
     remember(output, made_from)
     return output

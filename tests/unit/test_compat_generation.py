@@ -166,3 +166,26 @@ def test_validation_counts_the_words_of_the_target_language(mended: bool, langua
     assert sacrebleu.corpus_bleu is own
     cfg.eval_tokenized_bleu = True
     assert validate(task, None, {"target": row[None]}, None).sys_len == 2
+
+
+def test_tokenised_validation_needs_no_package_of_the_language() -> None:
+    cfg = SimpleNamespace(
+        target_lang="ja",
+        eval_bleu_remove_bpe=None,
+        eval_bleu_print_samples=False,
+        eval_tokenized_bleu=True,
+    )
+    dictionary = Dictionary()
+    row = torch.tensor([dictionary.add_symbol(word) for word in "ab"])
+    task = SimpleNamespace(
+        cfg=cfg,
+        tgt_dict=dictionary,
+        tokenizer=None,
+        inference_step=lambda *_, **__: [[{"tokens": row}]],
+    )
+    with mock.patch("fairseq_vqem.benchmark.scoring.BLEU", side_effect=RuntimeError("no MeCab")):
+        log = TranslationTask._inference_with_bleu(task, None, {"target": row[None]}, None)
+        assert log.sys_len == 2
+        cfg.eval_tokenized_bleu = False
+        with pytest.raises(UserError, match=r"sacrebleu\[ja\]"):
+            TranslationTask._inference_with_bleu(task, None, {"target": row[None]}, None)

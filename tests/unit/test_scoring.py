@@ -59,7 +59,7 @@ def test_a_tokeniser_whose_package_is_missing_is_named(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(scoring, "BLEU", missing)
     with pytest.raises(UserError, match=r"pip install 'sacrebleu\[ja\]'"):
-        score(GOOD, REFERENCES, language="ja")
+        score(GOOD, REFERENCES, language="ja_JP")
 
 
 def test_bootstrap_is_deterministic_and_depends_on_the_seed() -> None:
