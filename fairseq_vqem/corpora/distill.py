@@ -35,6 +35,7 @@ PLAN = "plan.json"
 REPORT = "distill-report.json"
 MOST_DEFAULT_WORKERS = 8
 SCORED = 20_000
+PARALLEL_TASKS = ("translation_vqem", "translation_nat", "translation_lev")
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,14 @@ def _check(teaching: Teaching) -> None:
     for path in teaching.teacher.split(":"):
         if not Path(path).is_file():
             raise UserError(f"The teacher {path} does not exist; check the path.")
+    from fairseq_vqem.generation.api import task_of
+
+    task = task_of(teaching.teacher)
+    if task in PARALLEL_TASKS:
+        raise UserError(
+            f"The teacher {teaching.teacher} is a parallel model (--task {task}); targets are"
+            " distilled from an autoregressive one."
+        )
 
 
 def plan_file(out: Path) -> Path:

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 # Large enough that the teacher never chooses the unknown symbol, finite to keep scores finite.
 UNKNOWN_PENALTY = 1e4
-PARALLEL_TASKS = ("translation_vqem", "translation_nat", "translation_lev")
 
 
 @dataclass(frozen=True)
@@ -77,8 +76,7 @@ def translate_shards(teaching: Teaching, pending: Sequence[int]) -> Iterator[int
     """Write the shards `pending` and yield the number of each one when it is there.
 
     Raises:
-        UserError: the teacher is damaged, parallel or does not fit the data, or a process was
-            killed.
+        UserError: the teacher is damaged or does not fit the data, or a process was killed.
     """
     workers = min(teaching.workers, len(pending))
     if workers > 1:
@@ -142,14 +140,8 @@ def _limit_threads(teaching: Teaching) -> None:
 
 
 def _load(teaching: Teaching) -> Translator:
-    from fairseq_vqem.generation.api import Translator, task_of
+    from fairseq_vqem.generation.api import Translator
 
-    task = task_of(teaching.teacher)
-    if task in PARALLEL_TASKS:
-        raise UserError(
-            f"The teacher {teaching.teacher} is a parallel model (--task {task}); targets are"
-            " distilled from an autoregressive one."
-        )
     return Translator.from_checkpoint(
         teaching.teacher,
         teaching.data,
