@@ -45,14 +45,25 @@ class Schedule:
 
 
 def parse_schedule(
-    text: str, minimum: float | None = None, maximum: float | None = None
+    text: str, minimum: float | None = None, maximum: float | None = None, *, option: str = ""
 ) -> Schedule:
-    """Read one schedule; ``minimum`` and ``maximum`` bound every value that it takes.
+    """Read one schedule.
+
+    Args:
+        minimum: of every value that it takes; ``maximum`` likewise.
+        option: flag that the text was given with, which an error names.
 
     Raises:
         UserError: the text is not a schedule, its last update comes before its first, or a value
             is out of bounds.
     """
+    try:
+        return _parsed(text, minimum, maximum)
+    except UserError as error:
+        raise UserError(f"{option}: {error}" if option else str(error)) from None
+
+
+def _parsed(text: str, minimum: float | None, maximum: float | None) -> Schedule:
     match = _PATTERN.fullmatch(text.strip())
     if match is None:
         raise UserError(f"{text!r} is not a schedule: {_EXAMPLE}.")

@@ -28,6 +28,11 @@ OWN_OPTIONS: dict[str, tuple[str, ...]] = {
     ),
 }
 """Beside those of fairseq's task, which CTranslate2 knows nothing of."""
+DECODED: dict[str, tuple[str, ...]] = {
+    "ctranslate2": ("translation",),
+    "exported": ("translation_vqem", "translation_nat"),
+}
+"""fairseq's tasks whose models an engine takes, where it does not take all."""
 COMPUTE_TYPES = ("float32", "int8", "int16", "bfloat16", "float16", "int8_float32")
 
 
@@ -254,7 +259,6 @@ def load_engine(
     checkpoint: str,
     data: Path,
     options: Mapping[str, Any],
-    *,
     device: str = "cpu",
     dtype: str = "float32",
     threads: int = 1,
@@ -277,19 +281,7 @@ def load_engine(
         return CTranslate2Engine(checkpoint, data, rest, device, threads)
     from fairseq_vqem.benchmark.exported import ExportedEngine
 
-    return ExportedEngine(checkpoint, data, rest, device, threads)
-
-
-def load_engine_with(
-    checkpoint: str,
-    data: Path,
-    options: Mapping[str, Any],
-    device: str,
-    dtype: str,
-    threads: int,
-) -> Engine:
-    """`load_engine`, with the threads last: its ``partial`` makes an engine of a number of them."""
-    return load_engine(checkpoint, data, options, device=device, dtype=dtype, threads=threads)
+    return ExportedEngine(checkpoint, data, rest, threads)
 
 
 def translate_all(engine: Engine, sentences: Sequence[str], batch_size: int) -> list[str]:

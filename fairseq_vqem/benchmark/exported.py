@@ -24,7 +24,7 @@ class ExportedEngine:
             share the threads.
 
     Raises:
-        UserError: the student cannot be exported, a package is missing, or not on the CPU.
+        UserError: the student cannot be exported, or a package is missing.
     """
 
     def __init__(
@@ -32,7 +32,6 @@ class ExportedEngine:
         checkpoint: str,
         data: Path,
         options: Mapping[str, Any],
-        device: str = "cpu",
         threads: int = 1,
     ) -> None:
         from fairseq_vqem.generation.api import Translator

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fairseq_vqem.benchmark.engines import Engine, engine_versions, load_engine_with
+from fairseq_vqem.benchmark.engines import Engine, engine_versions, load_engine
 from fairseq_vqem.benchmark.processes import Processes
 from fairseq_vqem.benchmark.signature import make_signature
 from fairseq_vqem.benchmark.tables import (
@@ -236,9 +236,7 @@ def _check_arguments(arguments: argparse.Namespace, systems: Mapping[str, object
 
 
 def _loader(paths: str, options: dict[str, Any], arguments: argparse.Namespace) -> partial[Engine]:
-    return partial(
-        load_engine_with, paths, arguments.data, options, arguments.device, arguments.dtype
-    )
+    return partial(load_engine, paths, arguments.data, options, arguments.device, arguments.dtype)
 
 
 def _sentences(arguments: argparse.Namespace) -> list[str]:

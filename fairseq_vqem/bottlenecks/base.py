@@ -55,10 +55,14 @@ class BottleneckOptions:
             )
         if not 0.0 <= self.codebook_decay < 1.0:
             raise UserError(f"--codebook-decay is {self.codebook_decay}: it must be in [0, 1)")
-        for name in ("posterior_temperature", "gm_gamma", "gm_beta", "dead_code_threshold"):
+        if not self.posterior_temperature > 0.0:
+            raise UserError(
+                f"--posterior-temperature is {self.posterior_temperature}: it must be above 0"
+            )
+        for name in ("gm_gamma", "gm_beta", "dead_code_threshold"):
             value, flag = getattr(self, name), "--" + name.replace("_", "-")
-            if value < 0.0 or (name == "posterior_temperature" and value == 0.0):
-                raise UserError(f"{flag} is {value}: it must be positive")
+            if not value >= 0.0:
+                raise UserError(f"{flag} is {value}: it must not be negative")
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 flag = "--" + name.replace("_", "-")

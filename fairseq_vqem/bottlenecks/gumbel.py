@@ -26,15 +26,13 @@ class RelaxedChoice:
     """
 
     def __init__(self, options: BottleneckOptions) -> None:
-        self.temperature = parse_schedule(options.gumbel_temperature)
-        self.noise = parse_schedule(options.gumbel_noise)
+        temperature, noise = options.gumbel_temperature, options.gumbel_noise
+        self.temperature = parse_schedule(temperature, option="--gumbel-temperature")
+        self.noise = parse_schedule(noise, minimum=0.0, option="--gumbel-noise")
         if min(self.temperature.start, self.temperature.end) <= 0.0:
             raise UserError(
-                f"--gumbel-temperature is {options.gumbel_temperature}: it must stay above 0,"
-                " such as 1.2:0.2@20k"
+                f"--gumbel-temperature is {temperature}: it must stay above 0, such as 1.2:0.2@20k"
             )
-        if min(self.noise.start, self.noise.end) < 0.0:
-            raise UserError(f"--gumbel-noise is {options.gumbel_noise}: it must not be negative")
 
     def __call__(self, logs: Tensor, noise: Tensor, update: int) -> tuple[Tensor, Tensor]:
         """Shares ``[N, K]``, summing to 1, and their largest ``[N]``, at this ``update``.

@@ -56,7 +56,9 @@ class SemHash(Bottleneck):
                 f"--codebook-size is {size}: semhash needs a power of two, such as"
                 f" {2**self.bits} or {2 ** (self.bits + 1)}"
             )
-        self.discrete = parse_schedule(options.semhash_discrete, 0.0, 1.0)
+        self.discrete = parse_schedule(
+            options.semhash_discrete, 0.0, 1.0, option="--semhash-discrete"
+        )
         self.projection = nn.Linear(dimension, self.bits)
         self.on = nn.Linear(self.bits, dimension)
         self.off = nn.Linear(self.bits, dimension)

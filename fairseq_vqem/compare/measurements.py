@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-from fairseq_vqem.benchmark.engines import engine_versions, load_engine_with, translate_all
+from fairseq_vqem.benchmark.engines import engine_versions, load_engine, translate_all
 from fairseq_vqem.benchmark.latency import choose_evenly, choose_places, source_lengths
 from fairseq_vqem.benchmark.processes import Processes
 from fairseq_vqem.benchmark.signature import device_name, make_signature
@@ -19,8 +19,8 @@ from fairseq_vqem.benchmark.turns import (
 )
 from fairseq_vqem.compare.fairness import check_complete
 from fairseq_vqem.compare.settings import KEPT, Settings
-from fairseq_vqem.corpora.files import read_json, write_json
-from fairseq_vqem.pipeline.kept import file_name, plain
+from fairseq_vqem.corpora.files import plain, read_json, write_json
+from fairseq_vqem.pipeline.kept import file_name
 from fairseq_vqem.pipeline.stages import Run, System
 
 BURN_IN = 10
@@ -38,7 +38,7 @@ def loaders(run: Run, systems: Mapping[str, System]) -> dict[str, LoadEngine]:
     """What makes each system ready to translate, with the threads that it is given."""
     return {
         name: partial(
-            load_engine_with, system.checkpoints, run.data, system.options, run.device, "float32"
+            load_engine, system.checkpoints, run.data, system.options, run.device, "float32"
         )
         for name, system in systems.items()
     }

@@ -10,13 +10,14 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from fairseq_vqem.corpora.archive_table import ARCHIVE_CORPORA, ArchiveCorpus, TextPair
-from fairseq_vqem.corpora.files import count_and_checksum, read_json, replacing, write_json
+from fairseq_vqem.corpora.files import count_and_checksum, plain, read_json, replacing, write_json
 from fairseq_vqem.corpora.splits import Pair
 from fairseq_vqem.corpora.text import normalise, tokenise
 from fairseq_vqem.errors import UserError
@@ -32,8 +33,8 @@ def extract_text(name: str, downloads: Path, out_dir: Path) -> dict[str, Any]:
     """Write ``out_dir/{train,valid,test}.{source,target}`` and ``manifest.json``.
 
     Only training pairs are cleaned (empty, too long or uneven pairs are dropped); validation and
-    test sets keep every line. Where the manifest fits names and sizes of the sources and the
-    checksums of what was made, nothing is done.
+    test sets keep every line. Where the manifest fits the corpus' rules, names and sizes of the
+    sources and the checksums of what was made, nothing is done.
 
     Args:
         name: a key of `ARCHIVE_CORPORA`.
@@ -52,7 +53,8 @@ def extract_text(name: str, downloads: Path, out_dir: Path) -> dict[str, Any]:
     sizes = {path.name: path.stat().st_size for path in _sources(corpus, downloads, archives)}
     manifest_path, extracted = out_dir / MANIFEST, out_dir / "extracted"
     manifest: dict[str, Any] = read_json(manifest_path) if manifest_path.is_file() else {}
-    if manifest.get("sources") == sizes and manifest.get("corpus") == name:
+    made_by: dict[str, Any] = {"corpus": name, "rules": plain(asdict(corpus)), "sources": sizes}
+    if all(manifest.get(key) == value for key, value in made_by.items()):
         if manifest["splits"] == _describe(corpus, out_dir):
             return manifest
     else:
@@ -61,7 +63,7 @@ def extract_text(name: str, downloads: Path, out_dir: Path) -> dict[str, Any]:
     files = _unpack(corpus, downloads, archives, extracted)
     dropped = _write_splits(corpus, files, out_dir)
     splits = _describe(corpus, out_dir)
-    manifest = {"corpus": name, "sources": sizes, "dropped": dict(dropped), "splits": splits}
+    manifest = {**made_by, "dropped": dict(dropped), "splits": splits}
     write_json(manifest_path, manifest)
     return manifest
 

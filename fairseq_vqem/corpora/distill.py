@@ -35,7 +35,6 @@ PLAN = "plan.json"
 REPORT = "distill-report.json"
 MOST_DEFAULT_WORKERS = 8
 SCORED = 20_000
-PARALLEL_TASKS = ("translation_vqem", "translation_nat", "translation_lev")
 
 
 @dataclass(frozen=True)
@@ -168,6 +167,7 @@ def _check(teaching: Teaching) -> None:
         if not Path(path).is_file():
             raise UserError(f"The teacher {path} does not exist; check the path.")
     from fairseq_vqem.generation.api import task_of
+    from fairseq_vqem.generation.parts import PARALLEL_TASKS
 
     task = task_of(teaching.teacher)
     if task in PARALLEL_TASKS:
@@ -186,7 +186,7 @@ def check_plan(teaching: Teaching) -> None:
     """Refuse to go on with a distillation by another teacher, of other data or with other options.
 
     Raises:
-        UserError: ``teaching.out`` holds such a one.
+        UserError: ``teaching.out`` holds such a one, or one that nothing is known of.
     """
     plan = {
         "teachers": [file_sha256(Path(path)) for path in teaching.teacher.split(":")],
@@ -201,6 +201,11 @@ def check_plan(teaching: Teaching) -> None:
     }
     path = plan_file(teaching.out)
     if not path.is_file():
+        if any(path.parent.glob("*.jsonl")):
+            raise UserError(
+                f"{path.parent} holds translations, but no {PLAN} that says whose: delete it and"
+                " start again."
+            )
         write_json(path, plan)
         return
     found = {"dtype": "float32", **read_json(path)}  # which plans did not name once

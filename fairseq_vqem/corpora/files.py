@@ -108,6 +108,13 @@ def read_json(path: Path) -> Any:
         ) from error
 
 
+def plain(value: Any) -> Any:
+    """``value`` as JSON gives it back."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(each) for key, each in value.items()}
+    return [plain(each) for each in value] if isinstance(value, list | tuple) else value
+
+
 def file_sha256(path: Path) -> str:
     """Return the hexadecimal SHA-256 of a file's bytes."""
     digest = hashlib.sha256()

@@ -80,20 +80,7 @@ def translate_shards(teaching: Teaching, pending: Sequence[int]) -> Iterator[int
     """
     workers = min(teaching.workers, len(pending))
     if workers > 1:
-        # Spawned, because a fork after torch has started threads can hang.
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, mp_context=context) as pool:
-            work = [pool.submit(_work, teaching, shard) for shard in pending]
-            try:
-                yield from (finished.result() for finished in as_completed(work))
-            except BrokenProcessPool as error:
-                raise UserError(
-                    "A process of the distillation was killed, perhaps for want of memory; give"
-                    " the command again with fewer --workers."
-                ) from error
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        yield from _translate_in_processes(teaching, pending, workers)
     elif pending:
         _limit_threads(teaching)
         translator = _load(teaching)
@@ -102,12 +89,44 @@ def translate_shards(teaching: Teaching, pending: Sequence[int]) -> Iterator[int
             yield shard
 
 
+def _translate_in_processes(
+    teaching: Teaching, pending: Sequence[int], workers: int
+) -> Iterator[int]:
+    others = set(multiprocessing.active_children())
+    # Spawned, because a fork after torch has started threads can hang.
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    try:
+        work = [pool.submit(_work, teaching, shard) for shard in pending]
+        yield from (finished.result() for finished in as_completed(work))
+    except BaseException as error:
+        # Or they would first finish the shards that they have begun, which can take minutes.
+        for process in set(multiprocessing.active_children()) - others:
+            process.terminate()
+        if isinstance(error, BrokenProcessPool):
+            raise UserError(
+                "A process of the distillation was killed, perhaps for want of memory; give"
+                " the command again with fewer --workers."
+            ) from error
+        raise
+    finally:
+        # Not the pool's own ``with``: that works through every shard that waits.
+        pool.shutdown(cancel_futures=True)
+
+
 def merged_shards(teaching: Teaching, count: int) -> list[str | None]:
-    """Return the pieces of each sentence, None where the reference stays."""
+    """Return the pieces of each sentence, None where the reference stays.
+
+    Raises:
+        UserError: a shard is damaged, or the shards are not those of ``count`` sentences.
+    """
     found: dict[int, str | None] = {}
     for shard in range(teaching.shards):
-        for line in read_lines(teaching.shard_file(shard)):
-            index, pieces = json.loads(line)
+        path = teaching.shard_file(shard)
+        for line in read_lines(path):
+            try:
+                index, pieces = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{path} is damaged; delete it and start again.") from error
             if index in found:
                 raise UserError(f"Sentence {index} is in two shards; delete {teaching.out}/shards.")
             found[index] = pieces

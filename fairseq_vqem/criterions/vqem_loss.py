@@ -75,8 +75,10 @@ class VQEMLoss(FairseqCriterion):
         self.latent_smoothing = checked_smoothing(
             "--latent-label-smoothing", latent_label_smoothing
         )
-        self.commitment_weight = parse_schedule(commitment_weight, minimum=0.0)
-        self.latent_weight = parse_schedule(latent_weight, minimum=0.0)
+        self.commitment_weight = parse_schedule(
+            commitment_weight, minimum=0.0, option="--commitment-weight"
+        )
+        self.latent_weight = parse_schedule(latent_weight, minimum=0.0, option="--latent-weight")
 
     def forward(
         self, model: VQEMTransformer, sample: dict[str, Any], reduce: bool = True

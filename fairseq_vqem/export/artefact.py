@@ -7,11 +7,11 @@ import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fairseq_vqem
 from fairseq_vqem.corpora.files import file_sha256
@@ -23,6 +23,8 @@ from fairseq_vqem.export.standalone import StandaloneError, manifest
 from fairseq_vqem.export.standalone.runtime import Graph, check_integer_products
 from fairseq_vqem.export.teacher import TeacherGraph
 from fairseq_vqem.generation.api import Translator
+
+Checked = TypeVar("Checked")
 
 PROGRAM = "standalone.pyz"
 MAIN = """import sys
@@ -38,12 +40,20 @@ DICTIONARIES = {"source": "dictionary.source.json", "target": "dictionary.target
 
 
 def write_artefact(
-    out: Path, translator: Translator, options: manifest.Options, weights: str
-) -> None:
+    out: Path,
+    translator: Translator,
+    options: manifest.Options,
+    weights: str,
+    check: Callable[[Path], Checked],
+) -> Checked:
     """Write the folder ``out`` for the one student of ``translator``.
 
     Args:
         weights: ``float32`` or ``int8``.
+        check: given the finished folder before it has its name; where it raises, nothing is kept.
+
+    Returns:
+        What ``check`` returns.
 
     Raises:
         UserError: ``out`` exists already.
@@ -60,6 +70,7 @@ def write_artefact(
         shutil.copyfile(translator.subwords.path, folder / translator.subwords.file_name)
         write_program(folder / PROGRAM)
         write_manifest(folder, translator, options, weights)
+        return check(folder)
 
 
 def write_program(path: Path) -> None:

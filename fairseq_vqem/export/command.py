@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import random
-import shutil
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -154,14 +154,11 @@ def export(
     elif teacher is not None:
         overrides["rescore"] = "teacher"
     translator = Translator.from_checkpoint(models, data, task_overrides=overrides, **generation)
-    write_artefact(out, translator, decoding_options(translator), weights)
+    check = partial(_checked_agreement, translator, weights=weights)
     try:
-        return _checked_agreement(translator, out, weights)
-    except BaseException as error:  # nothing that the check did not pass stays behind
-        shutil.rmtree(out)
-        if isinstance(error, StandaloneError):  # the runtime cannot load what was written
-            raise UserError(str(error)) from error
-        raise
+        return write_artefact(out, translator, decoding_options(translator), weights, check)
+    except StandaloneError as error:  # the runtime cannot load what was written
+        raise UserError(str(error)) from error
 
 
 def decoding_options(translator: Translator) -> Options:
@@ -257,7 +254,7 @@ def _check_exportable(translator: Translator, generator: Any) -> None:
         )
 
 
-def _checked_agreement(translator: Translator, out: Path, weights: str) -> float:
+def _checked_agreement(translator: Translator, out: Path, *, weights: str) -> float:
     """Share of positions at which ``out`` writes what ``translator`` writes."""
     from fairseq_vqem.export.standalone import StandaloneTranslator
 

@@ -12,7 +12,13 @@ from torch import Tensor
 
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.generation.latent_search import search_latents
-from fairseq_vqem.generation.parts import in_parts, is_autoregressive, refuse_forced_words
+from fairseq_vqem.generation.parts import (
+    average_log_probabilities,
+    first_of_runs,
+    in_parts,
+    is_autoregressive,
+    refuse_forced_words,
+)
 from fairseq_vqem.generation.records import LatentHypothesis, LatentSearchOptions
 from fairseq_vqem.models.vqem_transformer import VQEMTransformer
 from fairseq_vqem.modules.ctc import frame_mask, read_frames, restrict
@@ -165,7 +171,7 @@ class LatentGenerator(IterativeRefinementGenerator):
         # Repeated words count here, removed or not: they were predicted as well.
         joint = (scores.sum() + latent_score) / (tokens.numel() + 1)
         if self.remove_repeats and tokens.numel():
-            first = torch.cat([tokens.new_ones(1, dtype=torch.bool), tokens[1:] != tokens[:-1]])
+            first = first_of_runs(tokens)
             tokens, scores = tokens[first], scores[first]
         tokens = torch.cat([tokens, tokens.new_tensor([self.eos])])
         scores = torch.cat([scores, scores.new_zeros(1)])
@@ -204,14 +210,6 @@ class LatentGenerator(IterativeRefinementGenerator):
 def without_empty_columns(codes: Tensor) -> Tensor:
     """``codes`` ``[B, L]`` up to the longest row's end (-1 follows it), at least one column."""
     return codes[:, : max(1, int(codes.ge(0).sum(1).max()))]
-
-
-def average_log_probabilities(logits: list[Tensor]) -> Tensor:
-    """Log of the mean of the models' word probabilities ``[B, T, V]``, in float32."""
-    each = [torch.log_softmax(one.float(), -1) for one in logits]
-    if len(each) == 1:
-        return each[0]
-    return torch.logsumexp(torch.stack(each), 0) - torch.log(torch.tensor(float(len(each))))
 
 
 def read_words(

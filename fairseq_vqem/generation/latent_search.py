@@ -10,6 +10,7 @@ from fairseq.utils import new_arange
 from torch import Tensor
 from torch.nn import functional as F
 
+from fairseq_vqem.generation.parts import average_log_probabilities
 from fairseq_vqem.generation.randomness import sample_by_inversion, sentence_uniforms
 from fairseq_vqem.generation.records import LatentHypothesis, LatentSearchOptions
 from fairseq_vqem.models.vqem_transformer import VQEMTransformer
@@ -82,14 +83,9 @@ class _Beams:
             self.scores.view(self.batch, width)[:, 1:] = IMPOSSIBLE
 
     def log_probabilities(self) -> Tensor:
-        """Next-symbol log-probabilities ``[B·W, K+4]``, averaged over the models."""
-        each = [
-            torch.log_softmax(predictor.advance(self.tokens[:, -1]).float(), -1)
-            for predictor in self.predictors
-        ]
-        if len(each) == 1:
-            return each[0]
-        return torch.logsumexp(torch.stack(each), 0) - torch.log(torch.tensor(float(len(each))))
+        """Next-symbol log-probabilities ``[B·W, V_L]``, averaged over the models."""
+        latest = self.tokens[:, -1]
+        return average_log_probabilities([each.advance(latest) for each in self.predictors])
 
     def advance(self) -> None:
         """Extend every unfinished hypothesis by one symbol."""

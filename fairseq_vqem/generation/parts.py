@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from fairseq.dataclass.configs import GenerationConfig
 from fairseq.models.nat import FairseqNATModel
 from fairseq.models.transformer import TransformerModelBase
 from torch import Tensor
 
 from fairseq_vqem.errors import UserError
+
+PARALLEL_TASKS = ("translation_vqem", "translation_nat", "translation_lev")
+"""Whose models write all words at once."""
 
 MOST_TOKENS = 8192
 """Source tokens times candidates decoded in one batch: 1-2 GB of logits."""
@@ -36,6 +41,21 @@ def in_parts(sample: dict[str, Any], candidates: int) -> Iterator[tuple[Tensor, 
     if candidates > 1:
         size = max(1, MOST_TOKENS // (candidates * width))
     yield from zip(inputs["src_tokens"].split(size), inputs["src_lengths"].split(size), strict=True)
+
+
+def average_log_probabilities(logits: Sequence[Tensor]) -> Tensor:
+    """Log of the mean of the models' probabilities ``[..., V]``, in float32."""
+    each = [torch.log_softmax(one.float(), -1) for one in logits]
+    if len(each) == 1:
+        return each[0]
+    return torch.logsumexp(torch.stack(each), 0) - math.log(len(each))
+
+
+def first_of_runs(tokens: Tensor) -> Tensor:
+    """True at the first of each run of equal ``tokens`` ``[T]``."""
+    first = torch.ones_like(tokens, dtype=torch.bool)
+    first[1:] = tokens[1:] != tokens[:-1]
+    return first
 
 
 def is_autoregressive(model: Any) -> bool:

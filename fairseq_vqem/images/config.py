@@ -1,13 +1,10 @@
 """Options of ``vqem_image``."""
 # fairseq reads the annotations themselves, so there is no "from __future__ import annotations"
 
-from argparse import Namespace
-from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any
 
 from fairseq.dataclass import FairseqDataclass
-from omegaconf import OmegaConf, open_dict
 
 from fairseq_vqem.bottlenecks import BottleneckOptions
 from fairseq_vqem.errors import UserError
@@ -87,17 +84,3 @@ def check_config(cfg: Any) -> None:
         raise UserError("--latents-per-position must be positive and --residual-layers at least 0")
     check_codebook_size(cfg)
     bottleneck_options(cfg)
-
-
-def add_missing_options(cfg: Any, config: type[FairseqDataclass] = ImageConfig) -> None:
-    """Give options that a named architecture or an older checkpoint lacks their defaults.
-
-    fairseq does so for a model's own name only.
-    """
-    if isinstance(cfg, config):
-        return
-    present = vars(cfg) if isinstance(cfg, Namespace) else cfg
-    with open_dict(cfg) if OmegaConf.is_config(cfg) else nullcontext():
-        for each in fields(config):
-            if each.name not in present:
-                setattr(cfg, each.name, each.default)

@@ -56,7 +56,9 @@ class ImageLoss(FairseqCriterion):
                 " --arch vqem_image"
             )
         self.shape, self.variance = shape, task.variance
-        self.commitment_weight = parse_schedule(commitment_weight, minimum=0.0)
+        self.commitment_weight = parse_schedule(
+            commitment_weight, minimum=0.0, option="--commitment-weight"
+        )
 
     def forward(
         self, model: Any, sample: dict[str, Any], reduce: bool = True

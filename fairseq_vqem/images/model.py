@@ -13,15 +13,15 @@ from torch import Tensor
 
 from fairseq_vqem.bottlenecks import Bottleneck, BottleneckOutput, build_bottleneck
 from fairseq_vqem.errors import UserError
-from fairseq_vqem.images.config import ImageConfig, add_missing_options, check_config, numbers
+from fairseq_vqem.images.config import ImageConfig, check_config, numbers
 from fairseq_vqem.images.likelihood import GlobalScale
 from fairseq_vqem.images.modules import PictureDecoder, PictureEncoder
 from fairseq_vqem.images.shapes import SIDE, to_unit
 from fairseq_vqem.models.config import bottleneck_options, factorises
+from fairseq_vqem.models.defaults import add_missing_options, set_defaults
+from fairseq_vqem.models.loading import misfit
 from fairseq_vqem.modules.decoders import LatentDictionary
 from fairseq_vqem.schedules import parse_schedule
-
-MAX_REASON = 160
 
 
 @dataclass
@@ -67,13 +67,15 @@ class VQEMImage(BaseFairseqModel):
         self.latent_dictionary = LatentDictionary(
             cfg.codebook_size, bottleneck.digits if factorises(cfg) else 1
         )
-        self.quantise_schedule = parse_schedule(cfg.quantise_schedule, 0.0, 1.0)
+        self.quantise_schedule = parse_schedule(
+            cfg.quantise_schedule, 0.0, 1.0, option="--quantise-schedule"
+        )
         self.num_updates = 0
 
     @classmethod
     def build_model(cls, cfg: Any, task: Any) -> VQEMImage:
         """Build for the pictures of ``task``; ``UserError`` where options do not fit."""
-        add_missing_options(cfg)
+        add_missing_options(cfg, ImageConfig)
         check_config(cfg)
         shape = getattr(task, "picture_shape", None)
         if shape is None:
@@ -135,22 +137,16 @@ class VQEMImage(BaseFairseqModel):
         try:
             return super().load_state_dict(state_dict, *args, **kwargs)
         except RuntimeError as error:
-            reason = " ".join(str(error).split())
-            raise UserError(
-                "the checkpoint does not fit this model: use the data and options of its training"
-                f" (--arch, --bottleneck, --codebook-size …; {reason[:MAX_REASON]} …)"
-            ) from error
-
-
-def _defaults(args: Namespace, **values: Any) -> None:
-    for name, value in values.items():
-        setattr(args, name, getattr(args, name, value))
+            advice = (
+                "use the data and options of its training (--arch, --bottleneck, --codebook-size …)"
+            )
+            raise misfit(advice, error) from error
 
 
 @register_model_architecture("vqem_image", "vqem_image_small")
 def small_architecture(args: Namespace) -> None:
     """CPU scale: 4×4 positions of 2 latents of 64 dimensions."""
-    _defaults(
+    set_defaults(
         args,
         embed_dim=64,
         conv_channels="16,32,64,64",
@@ -163,7 +159,7 @@ def small_architecture(args: Namespace) -> None:
 @register_model_architecture("vqem_image", "vqem_image_tiny")
 def tiny_architecture(args: Namespace) -> None:
     """For tests: 2×2 positions of 2 latents of 8 dimensions."""
-    _defaults(
+    set_defaults(
         args,
         embed_dim=8,
         codebook_size=16,

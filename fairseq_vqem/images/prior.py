@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.images.codes import CodeShape
-from fairseq_vqem.images.config import add_missing_options
 from fairseq_vqem.images.prior_config import PriorConfig
 from fairseq_vqem.models.config import VQEMTransformerConfig, transformer_config
+from fairseq_vqem.models.defaults import add_missing_options, check_heads, set_defaults
 from fairseq_vqem.modules.decoders import EncoderOut, LatentDictionary, LatentPredictor
 from fairseq_vqem.modules.incremental import CachedPredictor
 
@@ -55,11 +55,7 @@ class ImagePrior(BaseFairseqModel):
                 "image_prior needs its own task: pass --task image_prior (and --criterion"
                 " image_prior_loss in training)"
             )
-        if cfg.embed_dim % cfg.attention_heads:
-            raise UserError(
-                f"--embed-dim {cfg.embed_dim} is not divisible by --attention-heads"
-                f" {cfg.attention_heads}: choose a divisor"
-            )
+        check_heads(cfg)
         return cls(cfg, shape)
 
     def forward(self, codes: Tensor, labels: Tensor) -> Tensor:
@@ -133,15 +129,10 @@ class ImagePrior(BaseFairseqModel):
 @register_model_architecture("image_prior", "image_prior_small")
 def small_architecture(args: Namespace) -> None:
     """CPU scale."""
-    _defaults(args, embed_dim=128, ffn_embed_dim=512, attention_heads=4, latent_layers=3)
+    set_defaults(args, embed_dim=128, ffn_embed_dim=512, attention_heads=4, latent_layers=3)
 
 
 @register_model_architecture("image_prior", "image_prior_tiny")
 def tiny_architecture(args: Namespace) -> None:
     """For tests."""
-    _defaults(args, embed_dim=32, ffn_embed_dim=64, attention_heads=2, latent_layers=1)
-
-
-def _defaults(args: Namespace, **values: Any) -> None:
-    for name, value in values.items():
-        setattr(args, name, getattr(args, name, value))
+    set_defaults(args, embed_dim=32, ffn_embed_dim=64, attention_heads=2, latent_layers=1)

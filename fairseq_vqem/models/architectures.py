@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from typing import Any
 
 from fairseq.models import register_model_architecture
 
 import fairseq_vqem.models.vqem_transformer  # noqa: F401  (registers the model named below)
-
-
-def _defaults(args: Namespace, **values: Any) -> None:
-    for name, value in values.items():
-        setattr(args, name, getattr(args, name, value))
+from fairseq_vqem.models.defaults import set_defaults
 
 
 @register_model_architecture("vqem_transformer", "vqem_transformer_small")
 def small_architecture(args: Namespace) -> None:
     """CPU scale: what the demo trains."""
-    _defaults(
+    set_defaults(
         args,
         embed_dim=192,
         ffn_embed_dim=512,
@@ -34,7 +29,7 @@ def small_architecture(args: Namespace) -> None:
 @register_model_architecture("vqem_transformer", "vqem_transformer_tiny")
 def tiny_architecture(args: Namespace) -> None:
     """For tests."""
-    _defaults(
+    set_defaults(
         args,
         embed_dim=32,
         ffn_embed_dim=64,

@@ -1,19 +1,18 @@
 """Options of ``vqem_transformer`` and the check of their combination."""
 
 import logging
-from argparse import SUPPRESS, BooleanOptionalAction, Namespace
-from contextlib import nullcontext
+from argparse import SUPPRESS, BooleanOptionalAction
 from dataclasses import dataclass, field, fields
 from typing import Any, Optional
 
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.models.transformer import TransformerConfig
 from fairseq.models.transformer.transformer_config import DecoderConfig, EncDecBaseConfig
-from omegaconf import OmegaConf, open_dict
 
 from fairseq_vqem.bottlenecks import BottleneckOptions
 from fairseq_vqem.bottlenecks.base import BOTTLENECKS, CHOICES, Bottleneck, find_bottleneck
 from fairseq_vqem.errors import UserError
+from fairseq_vqem.models.defaults import check_heads
 from fairseq_vqem.modules.convolutions import EXPANDER_KINDS, RESIDUAL_PLACEMENTS
 from fairseq_vqem.schedules import parse_schedule
 
@@ -144,7 +143,7 @@ def check_config(cfg: VQEMTransformerConfig) -> None:
     bottleneck_options(cfg)
     if cfg.compress_steps < 1:
         raise UserError(f"--compress-steps is {cfg.compress_steps}: it must be at least 1")
-    prior = parse_schedule(cfg.predictor_prior, minimum=0.0)
+    prior = parse_schedule(cfg.predictor_prior, minimum=0.0, option="--predictor-prior")
     if max(prior.start, prior.end) > 0 and (
         cfg.num_codebooks > 1 or not find_bottleneck(cfg.bottleneck).takes_prior
     ):
@@ -155,11 +154,7 @@ def check_config(cfg: VQEMTransformerConfig) -> None:
     _check_output(cfg)
     if cfg.latent_dropout is not None and not 0.0 <= cfg.latent_dropout < 1.0:
         raise UserError(f"--latent-dropout is {cfg.latent_dropout}: it must be in [0, 1)")
-    if cfg.embed_dim % cfg.attention_heads:
-        raise UserError(
-            f"--embed-dim {cfg.embed_dim} is not divisible by --attention-heads"
-            f" {cfg.attention_heads}: choose a divisor"
-        )
+    check_heads(cfg)
 
 
 def _check_output(cfg: VQEMTransformerConfig) -> None:
@@ -174,20 +169,6 @@ def _check_output(cfg: VQEMTransformerConfig) -> None:
         )
     if str(cfg.output) == "ctc" and cfg.causal_decoder:
         raise UserError("--output ctc aligns whole sentences: leave out --causal-decoder")
-
-
-def add_missing_options(cfg: Any) -> None:
-    """Give options that a checkpoint of an earlier version lacks their defaults.
-
-    fairseq does so for a model's own name, not for a named architecture such as ``…_small``.
-    """
-    if isinstance(cfg, VQEMTransformerConfig):
-        return
-    present = vars(cfg) if isinstance(cfg, Namespace) else cfg
-    with open_dict(cfg) if OmegaConf.is_config(cfg) else nullcontext():
-        for each in fields(VQEMTransformerConfig):
-            if each.name not in present:
-                setattr(cfg, each.name, each.default)
 
 
 def _check_read(cfg: Any, kind: type[Bottleneck], name: str) -> None:

@@ -26,11 +26,7 @@ def refuse_other_sizes(own: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) 
             )
 
 
-def other_architecture(error: RuntimeError) -> UserError:
+def misfit(advice: str, error: RuntimeError) -> UserError:
     """What to tell a user when torch finds other parameters than the model has."""
     reason = " ".join(str(error).split())
-    return UserError(
-        "the checkpoint does not fit this model: it is another architecture's or was made"
-        " with other options; use those of its training, or --init-from to start from an"
-        f" autoregressive teacher ({reason[:MAX_REASON]} …)"
-    )
+    return UserError(f"the checkpoint does not fit this model: {advice} ({reason[:MAX_REASON]} …)")

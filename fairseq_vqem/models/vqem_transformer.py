@@ -17,7 +17,6 @@ from fairseq_vqem.bottlenecks.base import float32_rows
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.models.config import (
     VQEMTransformerConfig,
-    add_missing_options,
     add_switches,
     bottleneck_options,
     check_config,
@@ -26,8 +25,9 @@ from fairseq_vqem.models.config import (
     predictor_config,
     transformer_config,
 )
+from fairseq_vqem.models.defaults import add_missing_options
 from fairseq_vqem.models.initialise import initialise_from_teacher
-from fairseq_vqem.models.loading import other_architecture, refuse_other_sizes
+from fairseq_vqem.models.loading import misfit, refuse_other_sizes
 from fairseq_vqem.modules.convolutions import Compressor, Expander
 from fairseq_vqem.modules.ctc import CTCOutput, glancing_pass, left_packed
 from fairseq_vqem.modules.decoders import (
@@ -38,7 +38,7 @@ from fairseq_vqem.modules.decoders import (
 )
 from fairseq_vqem.modules.frames import PlannedFrames
 from fairseq_vqem.modules.target_encoder import TargetEncoder, pad_to_multiple
-from fairseq_vqem.schedules import parse_schedule
+from fairseq_vqem.schedules import Schedule, parse_schedule
 
 
 @dataclass
@@ -65,11 +65,11 @@ class VQEMOutput:
     latent_mask: Tensor
 
 
-class SourceEncoder(TransformerEncoderBase):
-    """fairseq's encoder, whose parameter names an AR teacher shares."""
-
-
 NO_LIMIT = 2**30  # more positions than any text has, and still an integer
+
+
+def _share(text: str, option: str) -> Schedule:
+    return parse_schedule(text, 0.0, 1.0, option=option)
 
 
 @register_model("vqem_transformer", dataclass=VQEMTransformerConfig)
@@ -79,7 +79,7 @@ class VQEMTransformer(FairseqEncoderDecoderModel):
     def __init__(
         self,
         cfg: VQEMTransformerConfig,
-        encoder: SourceEncoder,
+        encoder: TransformerEncoderBase,
         decoder: ParallelDecoder,
         bottleneck: Bottleneck,
     ) -> None:
@@ -111,9 +111,9 @@ class VQEMTransformer(FairseqEncoderDecoderModel):
             cfg.codebook_size, bottleneck.digits if factorises(cfg) else 1
         )
         self.latent_predictor = LatentPredictor(predictor_config(cfg), self.latent_dictionary)
-        self.quantise_schedule = parse_schedule(cfg.quantise_schedule, 0.0, 1.0)
-        self.gold_schedule = parse_schedule(cfg.gold_schedule, 0.0, 1.0)
-        self.predicted_schedule = parse_schedule(cfg.predicted_schedule, 0.0, 1.0)
+        self.quantise_schedule = _share(cfg.quantise_schedule, "--quantise-schedule")
+        self.gold_schedule = _share(cfg.gold_schedule, "--gold-schedule")
+        self.predicted_schedule = _share(cfg.predicted_schedule, "--predicted-schedule")
         self.prior_schedule = parse_schedule(cfg.predictor_prior, 0.0)
         self.num_updates = 0
 
@@ -125,7 +125,7 @@ class VQEMTransformer(FairseqEncoderDecoderModel):
     @classmethod
     def build_model(cls, cfg: VQEMTransformerConfig, task: Any) -> VQEMTransformer:
         """Build for the dictionaries of ``task``; ``UserError`` where options do not fit."""
-        add_missing_options(cfg)
+        add_missing_options(cfg, VQEMTransformerConfig)
         check_config(cfg)
         if not getattr(task, "supports_latents", False):
             raise UserError(
@@ -141,7 +141,7 @@ class VQEMTransformer(FairseqEncoderDecoderModel):
         embeddings = build_embedding(target, cfg.embed_dim)
         shared = cfg.share_all_embeddings
         source_embeddings = embeddings if shared else build_embedding(source, cfg.embed_dim)
-        encoder = SourceEncoder(
+        encoder = TransformerEncoderBase(
             transformer_config(cfg, cfg.decoder_layers), source, source_embeddings
         )
         decoder = ParallelDecoder(
@@ -390,7 +390,11 @@ class VQEMTransformer(FairseqEncoderDecoderModel):
         try:
             return super().load_state_dict(state_dict, *args, **kwargs)
         except RuntimeError as error:
-            raise other_architecture(error) from error
+            advice = (
+                "it is another architecture's or was made with other options; use those of its"
+                " training, or --init-from to start from an autoregressive teacher"
+            )
+            raise misfit(advice, error) from error
 
 
 def build_embedding(dictionary: Dictionary, dimension: int) -> nn.Embedding:

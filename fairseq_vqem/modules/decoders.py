@@ -74,7 +74,7 @@ class LatentPredictor(TransformerDecoderBase):
         nn.init.normal_(embeddings.weight, std=dimension**-0.5)
         nn.init.zeros_(embeddings.weight[dictionary.pad()])
         super().__init__(cfg, dictionary, embeddings)
-        # held ready: a GPU would wait for the copy in every step of the search
+        # held ready: a GPU would wait for a copy in every step
         special = torch.tensor([dictionary.bos(), dictionary.pad(), dictionary.unk()])
         self.register_buffer("impossible", special, persistent=False)
 

@@ -39,10 +39,8 @@ class CachedPredictor:
             self.seen = ~padding[0][:, None, None, :]
         self.layers = [_Layer(layer, source, width) for layer in predictor.layers]
         self.positions = source.new_empty(0)
-        dictionary = predictor.dictionary
-        impossible = [dictionary.bos(), dictionary.pad(), dictionary.unk()]
-        self.offsets = source.new_zeros(len(dictionary))
-        self.offsets[impossible] = torch.finfo(source.dtype).min / 4
+        self.offsets = source.new_zeros(len(predictor.dictionary))
+        self.offsets[predictor.impossible] = torch.finfo(source.dtype).min / 4
 
     def advance(self, tokens: Tensor) -> Tensor:
         """Logits ``[B·W, V_L]`` of what follows, once ``tokens`` ``[B·W]`` have been appended."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from fairseq.iterative_refinement_generator import DecoderOut
@@ -12,12 +12,13 @@ from torch import Tensor
 
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.models.config import transformer_config
+from fairseq_vqem.models.defaults import add_missing_options
+from fairseq_vqem.models.loading import misfit
 from fairseq_vqem.models.vqem_transformer import build_embedding
 from fairseq_vqem.modules.decoders import EncoderOut, ParallelDecoder
-from fairseq_vqem.peers.config import check_config
+from fairseq_vqem.peers.config import PeerConfig, check_config
 
 Model = TypeVar("Model", bound="PeerModel")
-MAX_REASON = 160
 
 
 class PeerModel(FairseqEncoderDecoderModel):
@@ -25,7 +26,12 @@ class PeerModel(FairseqEncoderDecoderModel):
 
     Sources and targets begin with BOS and end with EOS, as fairseq's NAT task makes them. B
     sentences, S source tokens, V words.
+
+    Attributes:
+        config: the dataclass of the model's options.
     """
+
+    config: ClassVar[type[PeerConfig]]
 
     def __init__(self, cfg: Any, encoder: TransformerEncoderBase, decoder: ParallelDecoder) -> None:
         super().__init__(encoder, decoder)
@@ -37,6 +43,7 @@ class PeerModel(FairseqEncoderDecoderModel):
     @classmethod
     def build_model(cls: type[Model], cfg: Any, task: Any) -> Model:
         """Build for the dictionaries of ``task``; ``UserError`` where options do not fit."""
+        add_missing_options(cfg, cls.config)
         check_config(cfg)
         if not getattr(task, "supports_parallel_decoding", False):
             raise UserError("this model needs its own task: pass --task translation_nat")
@@ -67,11 +74,8 @@ class PeerModel(FairseqEncoderDecoderModel):
         try:
             return super().load_state_dict(state_dict, *args, **kwargs)
         except RuntimeError as error:
-            reason = " ".join(str(error).split())
-            raise UserError(
-                "the checkpoint does not fit this model: use the dictionaries, --arch and sizes"
-                f" of its training ({reason[:MAX_REASON]} …)"
-            ) from error
+            advice = "use the dictionaries, --arch and sizes of its training"
+            raise misfit(advice, error) from error
 
     def forward_encoder(self, encoder_inputs: list[Tensor]) -> EncoderOut:
         encoder_out: EncoderOut = self.encoder(*encoder_inputs)

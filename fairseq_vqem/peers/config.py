@@ -8,6 +8,7 @@ from fairseq.dataclass import FairseqDataclass
 
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.models.config import option
+from fairseq_vqem.models.defaults import check_heads, set_defaults
 
 
 @dataclass
@@ -44,11 +45,7 @@ class FertilityNATConfig(PeerConfig):
 
 def check_config(cfg: Any) -> None:
     """Raise ``UserError`` for sizes that no model can have."""
-    if cfg.embed_dim % cfg.attention_heads:
-        raise UserError(
-            f"--embed-dim {cfg.embed_dim} is not divisible by --attention-heads"
-            f" {cfg.attention_heads}: choose a divisor"
-        )
+    check_heads(cfg)
     for name in ("upsample_scale", "max_fertility"):
         if getattr(cfg, name, 1) < 1:
             raise UserError(
@@ -66,8 +63,3 @@ def tiny_sizes(args: Namespace) -> None:
     """For tests."""
     set_defaults(args, embed_dim=32, ffn_embed_dim=64, attention_heads=2)
     set_defaults(args, encoder_layers=1, decoder_layers=1)
-
-
-def set_defaults(args: Namespace, **values: Any) -> None:
-    for name, value in values.items():
-        setattr(args, name, getattr(args, name, value))

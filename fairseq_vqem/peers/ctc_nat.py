@@ -39,11 +39,15 @@ class CTCNAT(PeerModel):
     without BOS and EOS, and a sentence ends where its frames do.
     """
 
+    config = CTCNATConfig
+
     def __init__(self, cfg: Any, encoder: TransformerEncoderBase, decoder: ParallelDecoder) -> None:
         super().__init__(cfg, encoder, decoder)
         self.blank = self.bos
         self.scale = int(cfg.upsample_scale)
-        self.glat_schedule = parse_schedule(str(cfg.glat_schedule), 0.0, 1.0)
+        self.glat_schedule = parse_schedule(
+            str(cfg.glat_schedule), 0.0, 1.0, option="--glat-schedule"
+        )
 
     def forward(
         self,

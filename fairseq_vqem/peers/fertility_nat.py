@@ -56,6 +56,8 @@ class FertilityNAT(PeerModel):
     predicted copy and then EOS, and at least EOS.
     """
 
+    config = FertilityNATConfig
+
     def __init__(self, cfg: Any, encoder: TransformerEncoderBase, decoder: ParallelDecoder) -> None:
         super().__init__(cfg, encoder, decoder)
         self.fertility_head = nn.Linear(cfg.embed_dim, cfg.max_fertility + 1)

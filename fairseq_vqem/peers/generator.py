@@ -11,7 +11,7 @@ from fairseq.data import Dictionary
 from fairseq.iterative_refinement_generator import IterativeRefinementGenerator
 from torch import Tensor, nn
 
-from fairseq_vqem.generation.parts import in_parts, refuse_forced_words
+from fairseq_vqem.generation.parts import first_of_runs, in_parts, refuse_forced_words
 from fairseq_vqem.peers.length_beam import check_length_span, near_lengths
 from fairseq_vqem.peers.rules import check_generation, rules_of
 
@@ -123,7 +123,6 @@ def mean_of_words(hypothesis: dict[str, Any]) -> Tensor:
 def without_repeats(hypothesis: dict[str, Any]) -> dict[str, Any]:
     """The hypothesis with one token, and its score, for each run of the same."""
     tokens, scores = hypothesis["tokens"], hypothesis["positional_scores"]
-    first = torch.ones_like(tokens, dtype=torch.bool)
-    first[1:] = tokens[1:] != tokens[:-1]
+    first = first_of_runs(tokens)
     kept = None if scores is None else scores[first]
     return {**hypothesis, "tokens": tokens[first], "positional_scores": kept}

@@ -9,7 +9,7 @@ from typing import Any
 
 from fairseq_vqem.benchmark.engines import engine_versions
 from fairseq_vqem.benchmark.signature import code_checksum, library_versions
-from fairseq_vqem.corpora.files import file_sha256, read_json, write_json
+from fairseq_vqem.corpora.files import file_sha256, plain, read_json, write_json
 
 STAMP = ".made-from.json"
 
@@ -53,13 +53,6 @@ def remember(path: Path, made_from: Mapping[str, Any]) -> None:
 def file_name(system: str) -> str:
     """A system's name as a file name."""
     return re.sub(r"[^\w.+-]+", "-", system).strip("-")
-
-
-def plain(value: Any) -> Any:
-    """``value`` as JSON gives it back."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(each) for key, each in value.items()}
-    return [plain(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _stamp(path: Path) -> Path:

@@ -19,6 +19,7 @@ STAGE = ("task", "max_update", "distilled", "from_teacher", START, "generate")  
 LANGUAGES = ("lang", "source_lang", "target_lang")  # of prepare
 LATENCY = {"sentences": 1, "repeats": 1, "burn_in": 0, "threads": 1}  # and the least of each
 VQEM_TASK = "translation_vqem"
+NAT_TASK = "translation_nat"
 RESERVED = ("source", "reference")  # columns of the translations beside the systems
 TEACHER_BEAM_SIZE = 4  # the row is named after it
 FORBIDDEN = {"students": ":/\\=", "variants": "="}  # folders, and both go into NAME=VALUE
@@ -154,8 +155,10 @@ def _with_inherited(path: Path, students: Mapping[str, Options]) -> dict[str, Op
             why = "put that student before it" if start in students else "which is no student"
             raise UserError(f"{path}: {name!r} goes on from {start!r}: {why}")
         inherited = {} if start is None else {**found[start], "from_teacher": False}
-        decoding = {**inherited.get("generate", {}), **(options.get("generate") or {})}
-        merged = {**inherited, **options, **({"generate": decoding} if decoding else {})}
+        decoding = options.get("generate", {})
+        if decoding is not None:
+            decoding = {**inherited.get("generate", {}), **decoding}
+        merged = {**inherited, **options, "generate": decoding or None}
         found[name] = {
             key: value for key, value in merged.items() if value is not None or key not in STAGE
         }

@@ -14,7 +14,13 @@ import torch
 from fairseq.tasks.translation import TranslationConfig
 
 from fairseq_vqem.analysis.posterior import reconstruct
-from fairseq_vqem.benchmark.engines import check_engine, load_engine, translate_all, unknown_options
+from fairseq_vqem.benchmark.engines import (
+    DECODED,
+    check_engine,
+    load_engine,
+    translate_all,
+    unknown_options,
+)
 from fairseq_vqem.benchmark.scoring import read_generate_output
 from fairseq_vqem.benchmark.signature import device_name
 from fairseq_vqem.benchmark.splits import languages
@@ -34,6 +40,7 @@ from fairseq_vqem.generation.api import checked_device
 from fairseq_vqem.peers.alignments import alignment_prefix
 from fairseq_vqem.pipeline.kept import file_name, forget, identity, is_current, remember
 from fairseq_vqem.pipeline.recipe import (
+    NAT_TASK,
     START,
     TEACHER_BEAM_SIZE,
     VQEM_TASK,
@@ -242,14 +249,27 @@ def check(run: Run) -> None:
     """Refuse, before hours of training, options of later stages and engines that are not installed.
 
     Raises:
-        UserError: a row needs such an engine, or has an option that it does not know.
+        UserError: a row needs such an engine, or one that cannot decode its model, or has an
+            option that the engine does not know.
     """
     read_teaching(distill_words(run))
     for name, system in systems(run).items():
         engine, weights = system.options.get("engine", "fairseq"), system.options.get("weights")
         check_engine(engine, run.device, str(weights or "float32"))
+        if system.task not in DECODED.get(engine, (system.task,)) or (
+            engine == "exported" and system.task == NAT_TASK and not _has_ctc(run, system.model)
+        ):
+            raise UserError(
+                f"the engine {engine} of {name!r} cannot decode {system.model!r}: ctranslate2 takes"
+                " autoregressive models, exported takes vqem_transformer and ctc_nat"
+            )
         if unknown := unknown_options(system.options, system.task):
             raise UserError(f"the engine {engine} of {name!r} has no option {', '.join(unknown)}")
+
+
+def _has_ctc(run: Run, student: str) -> bool:
+    architecture = {**run.recipe.common, **run.recipe.students[student]}.get("arch", "")
+    return str(architecture).startswith("ctc_nat")
 
 
 def systems(run: Run) -> dict[str, System]:

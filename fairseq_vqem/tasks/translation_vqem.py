@@ -84,7 +84,6 @@ class TranslationVQEMTask(LearnsCodebook, TranslationTask):
         if cfg.left_pad_target:
             raise UserError("the latents of a sentence come first: leave out --left-pad-target")
         self.initialises_models = False
-        self.generator: LatentGenerator | None = None
 
     @classmethod
     def setup_task(cls, cfg: TranslationVQEMConfig, **kwargs: Any) -> "TranslationVQEMTask":

@@ -70,7 +70,7 @@ RECIPE: dict[str, Any] = {
         },
         **(ENGINE_ROWS if HAS_CTRANSLATE2 else {}),
     },
-    "latency": {"sentences": 6, "repeats": 1, "threads": 1, "burn_in": 1},
+    "latency": {"sentences": 6, "repeats": 1, "threads": 2, "burn_in": 1},
     "compare": {
         **{"baselines": ["teacher, beam 4", "teacher, greedy"], "batch_sizes": [4, 16]},
         **{"throughput_repeats": 1, "decode_batch_size": 8},
@@ -124,7 +124,8 @@ def test_the_report_has_every_row_with_all_its_numbers(compared: Path) -> None:
     assert by_name["teacher, beam 4"]["Speed-up over teacher, beam 4"].startswith("1.00×")
     assert by_name["teacher, greedy"]["p"] == "baseline"
     assert float(by_name["vqem"]["Training memory (MiB)"]) > 100
-    assert signature["data_checksum"] and signature["threads"] == 1
+    assert signature["data_checksum"] and signature["threads"] == 2  # the environment has 1
+    assert {extra["Threads"] for extra in by_name.values()} <= {"1", "2"}
     assert str(compared) not in (report_of(compared) / "compare.json").read_text("utf-8")
     assert (report_of(compared) / "compare.md").is_file()
     page = (report_of(compared) / "compare.html").read_text("utf-8")
@@ -260,6 +261,9 @@ def test_run_reports_on_rows_of_other_engines(reported: Path) -> None:
     assert list(rows) == [*ROWS[:4], "vqem, exported"]
     assert rows["vqem, exported"].bleu == pytest.approx(rows["vqem"].bleu, abs=0.5)
     assert rows["vqem, exported"].latency_median_ms and rows["vqem, exported"].speedup
+    threads = json.loads((reported / "out" / "result.json").read_text("utf-8"))["threads"]
+    assert set(threads) == set(rows) and set(threads.values()) <= {1, 2}
+    assert signature["threads"] == 2
 
 
 def test_a_missing_engine_stops_before_any_training(tmp_path: Path) -> None:
@@ -272,17 +276,21 @@ def test_a_missing_engine_stops_before_any_training(tmp_path: Path) -> None:
 
 
 def test_run_makes_again_what_was_made_of_another_model(reported: Path) -> None:
-    """A student that was trained again is translated and timed again."""
+    """A student that was trained again is translated and timed again, and none that was not."""
     out, student = reported / "out", reported / "out" / "vqem" / "checkpoint_best.pt"
     texts = out / "translations"
+    words = ("run", write_recipe(reported, variants={}), "--out", out)
+    for again in (False, True):
+        before = (out / "latency.json").stat().st_mtime_ns
+        outcome = Workshop(reported).run("fairseq_vqem.cli", *words)
+        assert outcome.status == 0, outcome.text
+        assert ((out / "latency.json").stat().st_mtime_ns == before) == again
     kept = {path: path.stat().st_mtime_ns for path in [*texts.glob("*.txt"), out / "latency.json"]}
     original = student.read_bytes()
     content = torch.load(student, weights_only=False)
     content["model"]["decoder.layer_norm.bias"] += 5.0
     torch.save(content, student)
-    outcome = Workshop(reported).run(
-        "fairseq_vqem.cli", "run", write_recipe(reported, variants={}), "--out", out
-    )
+    outcome = Workshop(reported).run("fairseq_vqem.cli", *words)
     student.write_bytes(original)
     assert outcome.status == 0, outcome.text
     changed = {path.name for path, before in kept.items() if path.stat().st_mtime_ns != before}

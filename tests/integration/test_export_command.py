@@ -21,6 +21,7 @@ pytest.importorskip("onnxruntime", reason="needs pip install 'fairseq_vqem[expor
 from fairseq_vqem import Translator
 from fairseq_vqem.cli import main
 from fairseq_vqem.corpora.sample import load_sample
+from fairseq_vqem.errors import UserError
 from fairseq_vqem.export.artefact import write_program
 from fairseq_vqem.export.command import export
 from fairseq_vqem.export.standalone import StandaloneError, StandaloneTranslator
@@ -221,6 +222,25 @@ def test_eight_bits(workshop: Workshop, student: Path, tmp_path: Path) -> None:
     assert share > 0.7
     sizes = [(tmp_path / weights / "weights.bin").stat().st_size for weights in ("float32", "int8")]
     assert sizes[1] < sizes[0]
+
+
+@pytest.mark.parametrize("ending", [KeyboardInterrupt, StandaloneError])
+def test_an_export_that_was_not_checked_is_removed(
+    workshop: Workshop,
+    student: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    ending: type[BaseException],
+) -> None:
+    def stops(translator: Translator, folder: Path, *, weights: str) -> float:
+        assert (folder / "manifest.json").is_file() and not (tmp_path / "out").exists()
+        raise ending("stopped")
+
+    monkeypatch.setattr("fairseq_vqem.export.command._checked_agreement", stops)
+    expected = UserError if ending is StandaloneError else ending
+    with pytest.raises(expected):
+        export(student, workshop.data, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_refusals(

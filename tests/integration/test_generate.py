@@ -141,6 +141,19 @@ def test_latent_beam(workshop: Workshop, plain: Outcome) -> None:
     assert best(outcome) != best(plain)
 
 
+def test_the_teacher_only_puts_the_candidates_in_another_order(
+    workshop: Workshop, teacher: Path
+) -> None:
+    words, path = ("--latent-candidates", 4, "--nbest", 4), f"{workshop.student}:{teacher}"
+    own = workshop.generate(MANY, *words)
+    chosen = workshop.generate(MANY, *words, "--rescore", "teacher", path=path)
+    candidates, ranked = own.hypotheses(), chosen.hypotheses()
+    assert {number: sorted(each) for number, each in ranked.items()} == {
+        number: sorted(each) for number, each in candidates.items()
+    }
+    assert ranked != candidates
+
+
 def test_teacher_rescoring_and_fairseqs_own_flags(workshop: Workshop, teacher: Path) -> None:
     path = f"{workshop.student}:{teacher}"
     ours = workshop.generate(MANY, "--rescore", "teacher", "--latent-candidates", 4, path=path)

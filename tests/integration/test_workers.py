@@ -21,12 +21,14 @@ TWO = (
 )
 
 
-def train(workshop: Workshop, folder: Path, *words: object) -> list[dict[str, torch.Tensor]]:
-    """The final model of every worker."""
+def train(
+    workshop: Workshop, folder: Path, *words: object, launcher: tuple[str, ...] = ()
+) -> list[dict[str, torch.Tensor]]:
+    """The final model of every worker; ``launcher`` are Python's arguments before the script."""
     folder.mkdir()
     arguments = workshop.student_words(folder, *OPTIONS, *words)
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments],
+        [sys.executable, *launcher, str(SCRIPT), *arguments],
         env={**ENVIRONMENT, "WORKER_STATES": str(folder)},
         capture_output=True,
         text=True,
@@ -56,6 +58,16 @@ def test_two_workers_equal_one(workshop: Workshop, tmp_path: Path, schedule: str
     assert_same(alone, train(workshop, tmp_path / "two", *words, *TWO))
     counts = alone["bottleneck.codebook.counts"]
     assert counts.ne(1).all(), "no M step was made"
+
+
+@pytest.mark.slow
+def test_processes_of_torchrun_are_connected(workshop: Workshop, tmp_path: Path) -> None:
+    """Without a connection there would be one file, and a codebook of half the batch."""
+    words = ("--quantise-schedule", "1.0")
+    (alone,) = train(workshop, tmp_path / "one", *words, "--update-freq", 2)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    backend = ("--ddp-backend", "legacy_ddp")
+    assert_same(alone, train(workshop, tmp_path / "two", *words, *backend, launcher=launcher))
 
 
 def test_a_dummy_batch_hides_no_real_one(workshop: Workshop, tmp_path: Path) -> None:

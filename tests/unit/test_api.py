@@ -139,6 +139,16 @@ def test_ensemble_and_half_precision(folder: Path) -> None:
     assert len(ensemble.translate(["the cow", "", "the cat"])) == 3
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_translates(folder: Path, alone: dict[str, str], dtype: str) -> None:
+    half = Translator.from_checkpoint(
+        folder / "teacher.pt", folder / "data", beam=2, max_tokens=60, dtype=dtype
+    )
+    found = half.translate([source for source, _ in PAIRS])
+    equal = [text == alone[source] for text, (source, _) in zip(found, PAIRS, strict=True)]
+    assert sum(equal) >= 0.8 * len(PAIRS)
+
+
 def test_options_reach_generator_and_task(folder: Path) -> None:
     translator = Translator.from_checkpoint(
         folder / "teacher.pt", folder / "data", beam=3, task_overrides={"max_source_positions": 6}

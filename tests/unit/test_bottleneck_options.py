@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -41,6 +42,17 @@ def test_unknown_bottleneck() -> None:
             build_bottleneck(name, BottleneckOptions(4, 2))
 
 
+@pytest.mark.parametrize("value", [-1.0, math.nan])
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [("gm_gamma", "must not be negative"), ("posterior_temperature", "must be above 0")],
+)
+def test_numbers_out_of_range(option: str, value: float, message: str) -> None:
+    flag = "--" + option.replace("_", "-")
+    with pytest.raises(UserError, match=f"{flag} is {value}: it {message}"):
+        BottleneckOptions(4, 2, **{option: value})
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "names"),
     [
@@ -48,7 +60,11 @@ def test_unknown_bottleneck() -> None:
         ("semhash", dict(semhash_discrete="0:2@10"), "0:2@10"),
         ("gumbel", dict(gumbel_temperature="1:0@10"), "--gumbel-temperature is 1:0@10"),
         ("gm-vq", dict(gumbel_temperature="-1"), "--gumbel-temperature is -1"),
-        ("gumbel", dict(gumbel_noise="-1:1@10"), "--gumbel-noise is -1:1@10"),
+        (
+            "gumbel",
+            dict(gumbel_noise="-1:1@10"),
+            "--gumbel-noise: The schedule '-1:1@10' goes below",
+        ),
         ("gm-vq", dict(gumbel_noise="often"), "'often' is not a schedule"),
     ],
 )

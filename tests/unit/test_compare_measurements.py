@@ -1,6 +1,7 @@
 """Systems are translated and timed in turns; what is done is kept."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,26 @@ def test_systems_take_turns_and_an_interrupted_timing_goes_on(
     }
 
 
+def test_timings_of_other_conditions_are_made_again(
+    run: Run, systems: dict[str, System], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[None] = []
+    monkeypatch.setattr(measurements, "_time_sentences", lambda *_: made.append(None) or {})
+    monkeypatch.setattr(measurements, "time_best_batches", lambda *_: 1.0)
+    other = replace(run, recipe=replace(run.recipe, latency={"repeats": 9}))
+    for each, settings, threads in (
+        (run, SETTINGS, 1),
+        (run, SETTINGS, 2),
+        (other, SETTINGS, 2),
+        (other, replace(SETTINGS, throughput_repeats=3), 2),
+        (other, replace(SETTINGS, throughput_repeats=3, throughput_sentences=4), 2),
+    ):
+        before = len(made)
+        for _ in range(2):
+            measurements.time_rows(each, systems, SOURCES, settings, threads)
+        assert len(made) == before + 1
+
+
 def test_translations_are_kept_with_their_parameters(
     run: Run, systems: dict[str, System], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,3 +143,6 @@ def test_translations_are_kept_with_their_parameters(
     systems["b"].options["beam"] = 5
     measurements.translate_rows(run, systems, SOURCES, SETTINGS, 1)
     assert loaded == ["a", "b", "b"]
+    others = replace(SETTINGS, decode_batch_size=SETTINGS.decode_batch_size + 1)
+    measurements.translate_rows(run, systems, SOURCES, others, 1)
+    assert loaded == ["a", "b", "b", "a", "b"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import tarfile
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from fairseq_vqem.corpora import archives as module
 from fairseq_vqem.corpora.archive_table import ARCHIVE_CORPORA, ArchiveCorpus
 from fairseq_vqem.corpora.archives import extract_text
+from fairseq_vqem.corpora.files import write_json
 from fairseq_vqem.errors import UserError
 
 PAIRS = 25
@@ -111,6 +113,11 @@ def test_finished_text_is_not_made_again(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(module, "_unpack", unexpected)
     assert extract_text("wmt14-en-de", downloads, raw) == first
+    other = {"wmt14-en-de": replace(ARCHIVE_CORPORA["wmt14-en-de"], max_words=7)}
+    with monkeypatch.context() as patch, pytest.raises(AssertionError):
+        patch.setattr(module, "ARCHIVE_CORPORA", other)
+        extract_text("wmt14-en-de", downloads, raw)
+    write_json(raw / "manifest.json", first)
     (raw / "manifest.json").unlink()
     with pytest.raises(AssertionError):
         extract_text("wmt14-en-de", downloads, raw)

@@ -377,10 +377,15 @@ def test_posterior_codes_of_the_teachers_translations(folder: Path, tmp_path: Pa
         diagnose(student, folder / "data", "test", of_teacher=True)
 
 
-def test_mistakes_are_user_errors(folder: Path, tmp_path: Path) -> None:
+def test_mistakes_are_user_errors(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     student, data = str(folder / "student.pt"), folder / "data"
     with pytest.raises(UserError, match="is not autoregressive"):
         diagnose(student, data, "test", teacher=student)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="is not autoregressive"):
+        patch.setattr("fairseq_vqem.generation.api.task_of", lambda path: "translation_nat")
+        diagnose(student, data, "test", teacher="ctc.pt")
     with pytest.raises(UserError, match="has no latents"):
         diagnose(str(folder / "teacher.pt"), data, "test")
     with pytest.raises(UserError, match="no tset split"):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,9 +17,9 @@ from fairseq_vqem.benchmark.signature import read_result
 from fairseq_vqem.benchmark.splits import read_split
 from fairseq_vqem.corpora import distill as distill_module
 from fairseq_vqem.corpora import teaching as teaching_module
-from fairseq_vqem.corpora.distill import check_plan, distill
+from fairseq_vqem.corpora.distill import check_plan, distill, plan_file
 from fairseq_vqem.corpora.files import read_json, read_lines, write_json, write_lines
-from fairseq_vqem.corpora.teaching import Teaching, merged_shards, shard_indices
+from fairseq_vqem.corpora.teaching import Teaching, merged_shards, shard_indices, translate_shards
 from fairseq_vqem.errors import UserError
 
 
@@ -109,6 +113,54 @@ def test_several_workers_give_the_same(whole: Teaching, tmp_path: Path) -> None:
     assert files(parallel.out) == files(whole.out)
 
 
+def killed(teaching: Teaching, shard: int) -> int:
+    """A worker that the system ends while it translates."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    return shard
+
+
+def test_a_killed_worker_is_named_and_the_rest_goes_on(
+    whole: Teaching, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parallel = replace(whole, out=tmp_path / "killed", workers=2)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="with fewer --workers"):
+        patch.setattr(teaching_module, "_work", killed)
+        distill(parallel)
+    assert not (parallel.out / "manifest.json").exists()
+    distill(replace(parallel, workers=1))
+    assert files(parallel.out) == files(whole.out)
+
+
+def slow(teaching: Teaching, shard: int) -> int:
+    """A worker that takes its time over a shard of nothing."""
+    time.sleep(0.5)
+    write_lines(teaching.shard_file(shard), [])
+    return shard
+
+
+def test_a_stopped_distillation_leaves_the_rest_alone(
+    whole: Teaching, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(teaching_module, "_work", slow)
+    parallel = replace(whole, out=tmp_path, shards=40, workers=2)
+    working = translate_shards(parallel, range(40))
+    next(working)
+    with pytest.raises(KeyboardInterrupt):
+        working.throw(KeyboardInterrupt)  # type: ignore[attr-defined]
+    finished = len(list((tmp_path / "shards").iterdir()))
+    assert finished < 10
+    time.sleep(1.5)
+    assert len(list((tmp_path / "shards").iterdir())) == finished
+
+
+def test_translations_of_nobody_are_refused(whole: Teaching, tmp_path: Path) -> None:
+    copy = replace(whole, out=tmp_path / "copy")
+    shutil.copytree(whole.out, copy.out)
+    plan_file(copy.out).unlink()
+    with pytest.raises(UserError, match=r"no plan\.json that says whose"):
+        distill(copy)
+
+
 def test_long_sources_keep_their_targets(
     whole: Teaching, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,6 +198,9 @@ def test_lost_and_repeated_sentences_are_detected(whole: Teaching, tmp_path: Pat
         merged_shards(copy, len(PAIRS))
     write_lines(copy.shard_file(1), [*lines, lines[0]])
     with pytest.raises(UserError, match="in two shards"):
+        merged_shards(copy, len(PAIRS))
+    copy.shard_file(1).write_bytes(whole.shard_file(1).read_bytes()[:-5])
+    with pytest.raises(UserError, match=r"00001\.jsonl is damaged"):
         merged_shards(copy, len(PAIRS))
 
 

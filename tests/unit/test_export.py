@@ -28,6 +28,7 @@ from export_helpers import (
     sentences,
     student_of,
     translator_of,
+    unchecked,
 )
 
 from fairseq_vqem.benchmark.engines import check_engine
@@ -266,11 +267,11 @@ def test_nothing_is_left_of_a_failed_export(
     with monkeypatch.context() as patch:
         patch.setattr("fairseq_vqem.export.artefact.write_manifest", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            write_artefact(tmp_path / "out", translator, options, "float32")
+            write_artefact(tmp_path / "out", translator, options, "float32", unchecked)
     assert not list(tmp_path.iterdir())
-    write_artefact(tmp_path / "out", translator, options, "float32")
+    write_artefact(tmp_path / "out", translator, options, "float32", unchecked)
     with pytest.raises(UserError, match="exists already"):
-        write_artefact(tmp_path / "out", translator, options, "float32")
+        write_artefact(tmp_path / "out", translator, options, "float32", unchecked)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

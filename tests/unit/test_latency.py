@@ -14,6 +14,7 @@ import torch
 from test_api import make_data, make_teacher
 
 from fairseq_vqem.benchmark import latency
+from fairseq_vqem.benchmark import turns as turns_module
 from fairseq_vqem.benchmark.latency import choose_evenly, parse_systems, result_rows
 from fairseq_vqem.benchmark.tables import read_table
 from fairseq_vqem.benchmark.timing import (
@@ -27,6 +28,19 @@ from fairseq_vqem.benchmark.timing import (
 from fairseq_vqem.errors import UserError
 
 NAMES = ("ar", "nat", "npd")
+
+
+@pytest.mark.parametrize("fast", [1, 2])
+def test_batches_have_the_threads_that_are_faster(
+    fast: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[int] = []
+    monkeypatch.setattr(turns_module, "_set_threads", given.append)
+    monkeypatch.setattr(
+        turns_module, "time_batches", lambda threads, *_: 1.0 if threads == fast else 2.0
+    )
+    assert turns_module.time_best_batches(lambda threads: threads, ["a"], 1, 2, "cpu") == 1.0  # type: ignore[arg-type, return-value]
+    assert given == [1, 2]
 
 
 class FakeMachine:

@@ -17,11 +17,7 @@ from model_helpers import assert_user_error
 from teacher_helpers import tiny_teacher
 
 from fairseq_vqem.generation import parts
-from fairseq_vqem.generation.latent_generator import (
-    LatentGenerator,
-    average_log_probabilities,
-    word_lengths,
-)
+from fairseq_vqem.generation.latent_generator import LatentGenerator, word_lengths
 from fairseq_vqem.generation.records import LatentSearchOptions
 
 MODES = {
@@ -115,7 +111,7 @@ def test_remove_repeats_collapses_runs(tiny: Any) -> None:
 def test_ensemble_averages_probabilities(tiny: Any) -> None:
     logits = [torch.randn(2, 3, 5), torch.randn(2, 3, 5)]
     mean = (logits[0].softmax(-1) + logits[1].softmax(-1)) / 2
-    torch.testing.assert_close(average_log_probabilities(logits).exp(), mean)
+    torch.testing.assert_close(parts.average_log_probabilities(logits).exp(), mean)
     batch = tiny.batch(tiny.pairs(20))
     model, other = tiny.model(), tiny.model(seed=1)
     other.bottleneck.load_state_dict(model.bottleneck.state_dict())  # an ensemble shares its codes

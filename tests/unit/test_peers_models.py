@@ -76,6 +76,16 @@ def make_model(kind: str, task: TranslationNATTask | None = None, **options: Any
     return model.eval()
 
 
+@pytest.mark.parametrize("kind", PEERS)
+def test_options_that_an_older_checkpoint_lacks_get_their_defaults(kind: str) -> None:
+    """As a checkpoint of a named architecture, whose options fairseq does not complete."""
+    config = Namespace(arch=f"{kind}_small", **vars(model_config(kind)))
+    new = "glat_schedule" if kind == "ctc_nat" else "max_fertility"
+    delattr(config, new)
+    ARCH_MODEL_REGISTRY[kind].build_model(config, make_task())
+    assert getattr(config, new) == {"glat_schedule": "0", "max_fertility": 50}[new]
+
+
 def sentences(count: int, seed: int = 0, longest: int = 9) -> list[list[int]]:
     draw = random.Random(seed)
     return [[draw.randrange(4, 24) for _ in range(draw.randint(0, longest))] for _ in range(count)]

@@ -128,14 +128,20 @@ def test_every_way_to_decode_has_what_the_training_was_given(tmp_path: Path) -> 
     [
         ({"iter_decode_wiht_beam": 5}, "fairseq of 'v' has no option iter_decode_wiht_beam"),
         ({"engine": "fast"}, "no engine 'fast'"),
-        ({"engine": "ctranslate2", "remove_repeats": True}, "ctranslate2 of 'v' has no option"),
+        (
+            {"student": "teacher", "engine": "ctranslate2", "remove_repeats": True},
+            "ctranslate2 of 'v' has no option",
+        ),
         ({"engine": "exported", "lenpen": 1}, "exported of 'v' has no option lenpen"),
+        ({"engine": "ctranslate2"}, "ctranslate2 of 'v' cannot decode 'first'"),
+        ({"student": "teacher", "engine": "exported"}, "exported of 'v' cannot decode 'teacher'"),
+        ({"student": "cmlm", "engine": "exported"}, "exported of 'v' cannot decode 'cmlm'"),
     ],
 )
 def test_options_that_no_engine_reads_are_refused_before_any_training(
     tmp_path: Path, options: dict[str, Any], message: str
 ) -> None:
-    run = run_of(tmp_path)
+    run = run_of(tmp_path, cmlm={**NAT, "arch": "cmlm_transformer"})
     variants = {"v": {"student": "first", **options}}
     if options.get("engine") in PACKAGES:
         for package in PACKAGES[options["engine"]]:

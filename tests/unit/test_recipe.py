@@ -83,6 +83,7 @@ def test_a_student_has_the_options_of_the_one_it_goes_on_from(tmp_path: Path) ->
         + "  b: {from_student: a, lr: null, max_update: 3}\n"
         + "  c: {from_student: b, dropout: 0.2, generate: {lenpen: 2}, max_update: null}\n"
         + "  d: {distilled: null, generate: null, dropout: null}\n"
+        + "  e: {from_student: a, generate: null, max_update: 3}\n"
     )
     students = read_recipe(path).students
     assert students["a"]["from_teacher"] is True
@@ -92,6 +93,7 @@ def test_a_student_has_the_options_of_the_one_it_goes_on_from(tmp_path: Path) ->
     decoding = {"beam": 5, "lenpen": 2}
     assert students["c"] == {**own, "from_student": "b", "dropout": 0.2, "generate": decoding}
     assert students["d"] == {"dropout": None}
+    assert "generate" not in students["e"] and students["e"]["lr"] == 2
 
 
 def test_null_removes_and_mappings_merge() -> None:

@@ -54,6 +54,12 @@ def test_bounds_hold_for_both_ends() -> None:
             parse_schedule(text, maximum=1)
 
 
+@pytest.mark.parametrize("text", ["fast", "2", "1:0@600-200"])
+def test_the_option_is_named(text: str) -> None:
+    with pytest.raises(UserError, match=f"^--gold-schedule: .*'{text}'"):
+        parse_schedule(text, 0.0, 1.0, option="--gold-schedule")
+
+
 def test_a_schedule_is_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         parse_schedule("1").start = 2.0  # type: ignore[misc]

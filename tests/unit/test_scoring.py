@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import sacrebleu
+import torch
 
 from fairseq_vqem.benchmark import scoring
 from fairseq_vqem.benchmark.scoring import (
@@ -18,6 +20,8 @@ from fairseq_vqem.benchmark.scoring import (
     score,
 )
 from fairseq_vqem.benchmark.signature import read_result
+from fairseq_vqem.compare.pairs import pair_rows
+from fairseq_vqem.corpora import distill
 from fairseq_vqem.errors import UserError
 
 REFERENCES = [f"The cat number {n} sat on the mat and looked at {n * n} mice." for n in range(30)]
@@ -35,6 +39,21 @@ def test_scores_and_signatures_are_sacrebleus() -> None:
 
 
 CHINESE = ["单击按钮保存文档。", "选择要打印的页面。", "该函数返回一个数字。"]
+
+
+def test_whoever_scores_knows_the_language(tiny: Any) -> None:
+    """One changed character is one word of nine in Chinese, and the whole line otherwise."""
+    given = [line.replace("文档", "文件") for line in CHINESE]
+    expected = score(given, CHINESE, language="zh", bootstrap=0).bleu
+    assert expected > 60 > score(given, CHINESE, language="de", bootstrap=0).bleu
+    assert distill._bleu(given, CHINESE, "zh") == expected
+    (row,) = pair_rows([("given", "same")], {"same": CHINESE, "given": given}, CHINESE, "zh")
+    assert row.extra and row.extra["BLEU"].startswith(f"{expected - 100:+.2f} ")
+    dictionary = tiny.dictionary(0)
+    ids = torch.tensor([*(dictionary.add_symbol(word) for word in ("▁打印", "文档")), 2])
+    task = tiny.task(dictionary)
+    task.cfg.target_lang = "zh"
+    assert task.bleu_statistics("b", [ids], {"target": ids[None]})["_b_sys_len"] == 4
 
 
 @pytest.mark.parametrize("language", ["zh", "zh_CN", "zh-Hant"])
