@@ -5,10 +5,13 @@ codebook that could collapse (Mentzer et al., 2023). Nothing of fairseq_vqem cha
 
     PYTHONPATH=examples fairseq-train DATA --user-dir $(fairseq-vqem user-dir) \
         --task translation_vqem --arch vqem_transformer_small --criterion vqem_loss \
-        --bottleneck own_bottleneck:FiniteScalar --codebook-size 512 …
+        --bottleneck own_bottleneck:FiniteScalar --bottleneck-args '{"levels": 8}' \
+        --codebook-size 512 …
 
 fairseq-generate and the Python API need the same PYTHONPATH, since the checkpoint names the class.
 """
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -17,28 +20,27 @@ from fairseq_vqem import UserError
 from fairseq_vqem.bottlenecks import Bottleneck, BottleneckOptions, BottleneckOutput
 from fairseq_vqem.bottlenecks.base import straight_through
 
-LEVELS = 8
-
 
 class FiniteScalar(Bottleneck):
-    """K = 8^d codes: d numbers of 8 levels each between two linear maps."""
+    """K = L^d codes: d numbers of L levels (8) each between two linear maps."""
 
     straight_through = False  # `widen` learns: the latents' gradient is not that of the input
     places: Tensor
 
     def __init__(self, options: BottleneckOptions) -> None:
         super().__init__(options)
-        self.numbers = round(torch.tensor(float(options.codebook_size)).log2().item() / 3)
-        if LEVELS**self.numbers != options.codebook_size:
-            raise UserError(f"--codebook-size {options.codebook_size} is not a power of {LEVELS}")
+        self.levels = int(options.arguments.get("levels", 8))
+        self.numbers = round(math.log(options.codebook_size, max(2, self.levels)))
+        if self.levels**self.numbers != options.codebook_size:
+            raise UserError(f"--codebook-size {options.codebook_size} is no power of {self.levels}")
         self.squeeze = nn.Linear(options.dimension, self.numbers)
         self.widen = nn.Linear(self.numbers, options.dimension)
-        self.register_buffer("places", LEVELS ** torch.arange(self.numbers))
+        self.register_buffer("places", self.levels ** torch.arange(self.numbers))
 
     def forward(self, vectors: Tensor) -> BottleneckOutput:
         """Discretise ``vectors`` ``[N, D]``."""
         inside = torch.tanh(self.squeeze(vectors))
-        levels = ((inside.detach() + 1) / 2 * LEVELS).floor().clamp(0, LEVELS - 1)
+        levels = ((inside.detach() + 1) / 2 * self.levels).floor().clamp(0, self.levels - 1)
         codes = (levels.long() * self.places).sum(1)
         latents = self.widen(straight_through(inside, self.centres(levels)))
         no_loss = vectors.new_zeros(vectors.size(0), dtype=torch.float32)
@@ -46,9 +48,8 @@ class FiniteScalar(Bottleneck):
 
     def lookup(self, codes: Tensor) -> Tensor:
         """Latents ``[..., D]`` of code ids ``[...]``."""
-        levels = codes.unsqueeze(-1) // self.places % LEVELS
+        levels = codes.unsqueeze(-1) // self.places % self.levels
         return self.widen(self.centres(levels.to(self.widen.weight.dtype)))
 
-    @staticmethod
-    def centres(levels: Tensor) -> Tensor:
-        return (2 * levels + 1) / LEVELS - 1
+    def centres(self, levels: Tensor) -> Tensor:
+        return (2 * levels + 1) / self.levels - 1

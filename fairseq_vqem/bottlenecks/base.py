@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -44,8 +45,10 @@ class BottleneckOptions:
     semhash_discrete: str = "0:0.5@2000"
     gm_gamma: float = 1.0
     gm_beta: float = 1.0
+    bottleneck_args: str = "{}"
 
     def __post_init__(self) -> None:
+        self.arguments  # noqa: B018  (raises where they are not JSON)
         if self.codebook_size < 1:
             raise UserError(f"--codebook-size is {self.codebook_size}: it must be positive")
         if self.em_samples < 1:
@@ -68,6 +71,23 @@ class BottleneckOptions:
                 flag = "--" + name.replace("_", "-")
                 raise UserError(f"{flag} is {getattr(self, name)}: choose {' or '.join(known)}")
         self.block_size  # noqa: B018  (raises where the size is no such power)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What ``--bottleneck-args`` gives a class of another package."""
+        try:
+            found = json.loads(self.bottleneck_args)
+        except ValueError as error:
+            raise UserError(
+                f"--bottleneck-args {self.bottleneck_args} is not JSON ({error}): write"
+                """ '{"levels": 8}', for example"""
+            ) from error
+        if not isinstance(found, dict):
+            raise UserError(
+                f"--bottleneck-args {self.bottleneck_args} has no names: write"
+                """ '{"levels": 8}', for example"""
+            )
+        return found
 
     @property
     def block_size(self) -> int:

@@ -89,6 +89,9 @@ class VQEMTransformerConfig(FairseqDataclass):
     )
     gm_gamma: float = option(1.0, "weight γ of the latent-codeword distance of gm-vq")
     gm_beta: float = option(1.0, "weight β of the aggregated posterior's divergence of gm-vq")
+    bottleneck_args: str = option(
+        "{}", "JSON options of a bottleneck of another package (package.module:Class)"
+    )
     compress_steps: int = option(3, "halvings n_c of the target length")
     residual_blocks: int = option(1, "residual convolution blocks per compress step")
     residual_placement: ChoiceEnum(RESIDUAL_PLACEMENTS) = option(  # type: ignore[valid-type]
@@ -175,6 +178,11 @@ def _check_read(cfg: Any, kind: type[Bottleneck], name: str) -> None:
     """Refuse what other bottlenecks read and this one does not."""
     if kind.reads is None:
         return
+    if str(cfg.bottleneck_args) != "{}":
+        raise UserError(
+            f"--bottleneck-args {cfg.bottleneck_args} is for a class of another package; {name}"
+            " has options of its own"
+        )
     for each in fields(BottleneckOptions):
         readers = [
             other for other, known in BOTTLENECKS.items() if each.name in (known.reads or ())

@@ -16,7 +16,9 @@ KINDS = {
     "gumbel": (),
     "semhash": (),
     "gm-vq": (),
-    "own_bottleneck:FiniteScalar": ("--codebook-size", 64),
+    "own_bottleneck:FiniteScalar": (
+        *("--codebook-size", 64, "--bottleneck-args", '{"levels": 4}'),
+    ),
 }
 SPLITS = {
     "slice": ("--bottleneck", "soft-em", "--num-codebooks", 2),

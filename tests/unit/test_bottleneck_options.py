@@ -42,6 +42,14 @@ def test_unknown_bottleneck() -> None:
             build_bottleneck(name, BottleneckOptions(4, 2))
 
 
+@pytest.mark.parametrize(
+    ("text", "message"), [("levels=8", "is not JSON"), ("[8]", "has no names")]
+)
+def test_options_of_an_own_class_are_json_by_name(text: str, message: str) -> None:
+    with pytest.raises(UserError, match=f"{message}.* for example"):
+        BottleneckOptions(4, 2, bottleneck_args=text)
+
+
 @pytest.mark.parametrize("value", [-1.0, math.nan])
 @pytest.mark.parametrize(
     ("option", "message"),

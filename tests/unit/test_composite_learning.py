@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -229,3 +230,14 @@ def test_the_example_of_an_own_bottleneck_learns_in_every_split(
     composite = build_bottleneck("own_bottleneck:FiniteScalar", options).train()
     composite(torch.randn(20, 8)).latents.sum().backward()
     assert all(parameter.grad is not None for parameter in composite.parameters())
+
+
+def test_an_own_bottleneck_has_options_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples"))
+    options = BottleneckOptions(64, 8, bottleneck_args='{"levels": 4}')
+    bottleneck = build_bottleneck("own_bottleneck:FiniteScalar", options)
+    assert bottleneck(torch.randn(500, 8)).codes.max() < 64 and bottleneck.squeeze.out_features == 3  # type: ignore[union-attr]
+    with pytest.raises(UserError, match="64 is no power of 5"):
+        build_bottleneck(
+            "own_bottleneck:FiniteScalar", replace(options, bottleneck_args='{"levels": 5}')
+        )

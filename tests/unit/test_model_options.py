@@ -133,6 +133,7 @@ def test_options_that_do_not_fit(tiny: Any, options: dict[str, Any], match: str)
         (dict(em_samples=5, bottleneck="hard-em"), "--em-samples 5 changes nothing with"),
         (dict(codebook_update="literal", bottleneck="gumbel"), "it is for hard-em and soft-em"),
         (dict(gm_gamma=0.5), "--gm-gamma 0.5 changes nothing with --bottleneck soft-em"),
+        (dict(bottleneck_args='{"levels": 8}'), "is for a class of another package; soft-em has"),
         (dict(semhash_discrete="0", bottleneck="gm-vq"), "it is for semhash"),
     ],
 )
