@@ -31,7 +31,7 @@ from fairseq_vqem.peers.rules import (
     check_training,
     rules_of,
 )
-from fairseq_vqem.tasks.translation_vqem import log_bleu, unwrapped
+from fairseq_vqem.tasks.validation import bleu_log, log_bleu, unwrapped
 
 
 @dataclass
@@ -184,9 +184,7 @@ class TranslationNATTask(TranslationLevenshteinTask):
         if self.cfg.eval_bleu:
             with torch.no_grad():
                 bleu = self._inference_with_bleu(self.sequence_generator, sample, unwrapped(model))
-            log["_bleu_sys_len"], log["_bleu_ref_len"] = bleu.sys_len, bleu.ref_len
-            for n, (count, total) in enumerate(zip(bleu.counts, bleu.totals, strict=True)):
-                log[f"_bleu_counts_{n}"], log[f"_bleu_totals_{n}"] = count, total
+            log.update(bleu_log("bleu", bleu))
         return loss, sample_size, log
 
     def reduce_metrics(self, logging_outputs: list[dict[str, Any]], criterion: Any) -> None:

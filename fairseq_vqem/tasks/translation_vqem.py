@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from fairseq import metrics, utils
+from fairseq import utils
 from fairseq.data import encoders
 from fairseq.dataclass import ChoiceEnum
 from fairseq.dataclass.configs import GenerationConfig
@@ -29,8 +29,7 @@ from fairseq_vqem.models.config import option
 from fairseq_vqem.models.vqem_transformer import VQEMTransformer
 from fairseq_vqem.tasks.codebook import LearnsCodebook
 from fairseq_vqem.tasks.noise import drop_words, shuffle_words
-
-BLEU_ORDERS = 4
+from fairseq_vqem.tasks.validation import bleu_log, log_bleu, unwrapped
 
 
 @dataclass
@@ -254,11 +253,7 @@ class TranslationVQEMTask(LearnsCodebook, TranslationTask):
             [self.detokenise(h) for h in hypotheses],
             [[self.detokenise(r, "UNKNOWNTOKENINREF") for r in references]],
         )
-        log = {f"_{name}_sys_len": bleu.sys_len, f"_{name}_ref_len": bleu.ref_len}
-        for n in range(BLEU_ORDERS):
-            log[f"_{name}_counts_{n}"] = bleu.counts[n]
-            log[f"_{name}_totals_{n}"] = bleu.totals[n]
-        return log
+        return bleu_log(name, bleu)
 
     @cached_property
     def bleu(self) -> BLEU:
@@ -291,34 +286,3 @@ class TranslationVQEMTask(LearnsCodebook, TranslationTask):
         for name in ("bleu", "posterior_bleu"):
             if any(f"_{name}_sys_len" in log for log in logging_outputs):
                 log_bleu(name, logging_outputs)
-
-
-def unwrapped(model: Any) -> Any:
-    """The model inside the wrappers that fairseq puts around it for several workers."""
-    while hasattr(model, "module"):
-        model = model.module
-    return model
-
-
-def log_bleu(name: str, logging_outputs: list[dict[str, Any]]) -> None:
-    """Sum BLEU statistics over batches and workers and derive the corpus score from the sums."""
-    keys = ["sys_len", "ref_len"]
-    keys += [f"{kind}_{n}" for kind in ("counts", "totals") for n in range(BLEU_ORDERS)]
-    for key in keys:
-        total = sum(int(log.get(f"_{name}_{key}", 0)) for log in logging_outputs)
-        metrics.log_scalar_sum(f"_{name}_{key}", total)
-
-    def compute(meters: Any) -> float:
-        def sums(kind: str) -> list[int]:
-            return [int(meters[f"_{name}_{kind}_{n}"].sum) for n in range(BLEU_ORDERS)]
-
-        score = BLEU.compute_bleu(
-            correct=sums("counts"),
-            total=sums("totals"),
-            sys_len=int(meters[f"_{name}_sys_len"].sum),
-            ref_len=int(meters[f"_{name}_ref_len"].sum),
-            smooth_method="exp",
-        )
-        return round(score.score, 2)
-
-    metrics.log_derived(name, compute)
