@@ -6,6 +6,7 @@ import importlib
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,26 +14,42 @@ from typing import Any, Protocol
 from fairseq_vqem.corpora.subwords import load_subwords
 from fairseq_vqem.errors import UserError, need_packages
 
-PACKAGES: dict[str, tuple[str, ...]] = {
-    "fairseq": (),
-    "ctranslate2": ("ctranslate2",),
-    "exported": ("onnx", "onnxruntime"),
-}
-"""What must be installed for each engine."""
-OWN_OPTIONS: dict[str, tuple[str, ...]] = {
-    "fairseq": (),
-    "ctranslate2": ("beam", "lenpen", "max_len_a", "max_len_b", "compute_type", "workers"),
-    "exported": (
-        *("weights", "workers", "iter_decode_eos_penalty"),
-        *("iter_decode_with_beam", "iter_decode_with_external_reranker"),
+
+@dataclass(frozen=True)
+class EngineKind:
+    """What is known of an engine before it is loaded."""
+
+    packages: tuple[str, ...] = ()
+    """What must be installed."""
+    options: tuple[str, ...] = ()
+    """Its own; fairseq's has all of fairseq's generation."""
+    reads_task: bool = True
+    """Whether it has the decoding options of fairseq's task too."""
+    tasks: tuple[str, ...] | None = None
+    """fairseq's tasks whose models it takes; None: all."""
+    alone: bool = False
+    """Whether each of its models needs a process of its own, for their threads disturb others."""
+
+
+ENGINES: dict[str, EngineKind] = {
+    "fairseq": EngineKind(),
+    "ctranslate2": EngineKind(
+        packages=("ctranslate2",),
+        options=("beam", "lenpen", "max_len_a", "max_len_b", "compute_type", "workers"),
+        reads_task=False,
+        tasks=("translation",),
+        alone=True,
+    ),
+    "exported": EngineKind(
+        packages=("onnx", "onnxruntime"),
+        options=(
+            *("weights", "workers", "iter_decode_eos_penalty"),
+            *("iter_decode_with_beam", "iter_decode_with_external_reranker"),
+        ),
+        tasks=("translation_vqem", "translation_nat"),
     ),
 }
-"""Beside those of fairseq's task, which CTranslate2 knows nothing of."""
-DECODED: dict[str, tuple[str, ...]] = {
-    "ctranslate2": ("translation",),
-    "exported": ("translation_vqem", "translation_nat"),
-}
-"""fairseq's tasks whose models an engine takes, where it does not take all."""
+"""By the name that a recipe gives; `check_engine` and `load_engine` know the rest."""
 COMPUTE_TYPES = ("float32", "int8", "int16", "bfloat16", "float16", "int8_float32")
 
 
@@ -198,7 +215,7 @@ def engine_versions(systems: Iterable[Mapping[str, Any]]) -> dict[str, str]:
         systems: options of each, as `load_engine` takes them.
     """
     names = sorted({str(options.get("engine", "fairseq")) for options in systems})
-    return {package: _version(package) for name in names for package in PACKAGES[name]}
+    return {package: _version(package) for name in names for package in ENGINES[name].packages}
 
 
 def _version(package: str) -> str:
@@ -208,6 +225,13 @@ def _version(package: str) -> str:
         return str(getattr(importlib.import_module(package), "__version__", "unknown"))
 
 
+def engine_kind(name: str) -> EngineKind:
+    """What is known of the engine ``name``; UserError where there is none."""
+    if name not in ENGINES:
+        raise UserError(f"there is no engine {name!r}: choose from {', '.join(ENGINES)}")
+    return ENGINES[name]
+
+
 def check_engine(name: str, device: str, weights: str = "float32") -> None:
     """Raise UserError if there is no such engine, or it is not installed, or not fit.
 
@@ -215,11 +239,10 @@ def check_engine(name: str, device: str, weights: str = "float32") -> None:
         device: where it is to run.
         weights: of an exported student; ``int8`` needs a processor that multiplies exactly.
     """
-    if name not in PACKAGES:
-        raise UserError(f"there is no engine {name!r}: choose from {', '.join(PACKAGES)}")
+    kind = engine_kind(name)
     if name == "exported" and device != "cpu":
         raise UserError("the engine exported runs on the CPU only: leave such rows out")
-    need_packages(f"the engine {name}", *PACKAGES[name])
+    need_packages(f"the engine {name}", *kind.packages)
     if name == "ctranslate2" and device != "cpu":
         import ctranslate2
 
@@ -247,8 +270,9 @@ def unknown_options(options: Mapping[str, Any], task: str) -> list[str]:
     from fairseq_vqem.generation.api import GENERATION_OPTIONS
 
     engine = options.get("engine", "fairseq")
-    known = {"engine", *OWN_OPTIONS[engine]}
-    if engine != "ctranslate2":
+    kind = engine_kind(engine)
+    known = {"engine", *kind.options}
+    if kind.reads_task:
         known |= set(TASK_DATACLASS_REGISTRY[task].__dataclass_fields__)
     if engine == "fairseq":
         known |= GENERATION_OPTIONS

@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from fairseq_vqem.benchmark.engines import Engine, synchroniser
+from fairseq_vqem.benchmark.engines import Engine, engine_kind, synchroniser
 from fairseq_vqem.benchmark.processes import Processes
 from fairseq_vqem.benchmark.throughput import time_batches
 from fairseq_vqem.benchmark.timing import Seconds, measure, stopwatch
@@ -35,14 +35,13 @@ class EngineTimings:
 
 
 def process_groups(options: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Which process each system belongs into: one for each engine, but CTranslate2's models, each
-    of which has threads of its own, are alone.
+    """Which process each system belongs into: one for each engine, or one for each of its models.
 
     Args:
         options: of each system, as `load_engine` takes them.
     """
     kinds = {name: str(each.get("engine", "fairseq")) for name, each in options.items()}
-    return {n: f"{kind} {n}" if kind == "ctranslate2" else kind for n, kind in kinds.items()}
+    return {n: f"{kind} {n}" if engine_kind(kind).alone else kind for n, kind in kinds.items()}
 
 
 def thread_counts(most: int, device: str = "cpu") -> list[int]:

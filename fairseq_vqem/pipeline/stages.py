@@ -15,8 +15,8 @@ from fairseq.tasks.translation import TranslationConfig
 
 from fairseq_vqem.analysis.posterior import reconstruct
 from fairseq_vqem.benchmark.engines import (
-    DECODED,
     check_engine,
+    engine_kind,
     load_engine,
     translate_all,
     unknown_options,
@@ -256,7 +256,7 @@ def check(run: Run) -> None:
     for name, system in systems(run).items():
         engine, weights = system.options.get("engine", "fairseq"), system.options.get("weights")
         check_engine(engine, run.device, str(weights or "float32"))
-        if system.task not in DECODED.get(engine, (system.task,)) or (
+        if system.task not in (engine_kind(engine).tasks or (system.task,)) or (
             engine == "exported" and system.task == NAT_TASK and not _has_ctc(run, system.model)
         ):
             raise UserError(

@@ -19,8 +19,9 @@ from tiny_student import make_student
 import fairseq_vqem
 from fairseq_vqem.benchmark import engines
 from fairseq_vqem.benchmark.engines import (
-    PACKAGES,
+    ENGINES,
     CTranslate2Engine,
+    EngineKind,
     FairseqEngine,
     engine_versions,
     length_batches,
@@ -205,7 +206,7 @@ def translate_in_parts(checkpoint: str, data: Path, options: dict[str, Any]) -> 
     ],
 )
 def test_bad_options(trained: tuple[Path, Path], options: dict[str, Any], message: str) -> None:
-    for package in PACKAGES.get(options["engine"], ()):
+    for package in ENGINES.get(options["engine"], EngineKind()).packages:
         pytest.importorskip(package)
     data, teacher = trained
     with pytest.raises(UserError, match=message):
@@ -235,7 +236,7 @@ def test_versions_of_engines_are_found_whoever_distributes_them(
     pytest.importorskip("ctranslate2")
     found = engine_versions([{}, {"engine": "ctranslate2"}, {"beam": 4}])
     assert set(found) == {"ctranslate2"} and found["ctranslate2"][0].isdigit()
-    monkeypatch.setitem(engines.PACKAGES, "own", ("fairseq_vqem", "json"))
+    monkeypatch.setitem(ENGINES, "own", EngineKind(packages=("fairseq_vqem", "json")))
     monkeypatch.setattr(engines.metadata, "version", missing)
     assert engine_versions([{"engine": "own"}]) == {
         "fairseq_vqem": fairseq_vqem.__version__,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fairseq_vqem.benchmark.engines import PACKAGES
+from fairseq_vqem.benchmark.engines import ENGINES
 from fairseq_vqem.corpora import distill as distill_module
 from fairseq_vqem.corpora.files import file_sha256
 from fairseq_vqem.corpora.teaching import Teaching
@@ -143,8 +143,8 @@ def test_options_that_no_engine_reads_are_refused_before_any_training(
 ) -> None:
     run = run_of(tmp_path, cmlm={**NAT, "arch": "cmlm_transformer"})
     variants = {"v": {"student": "first", **options}}
-    if options.get("engine") in PACKAGES:
-        for package in PACKAGES[options["engine"]]:
+    if options.get("engine") in ENGINES:
+        for package in ENGINES[options["engine"]].packages:
             pytest.importorskip(package)
     stages.check(run)
     with pytest.raises(UserError, match=message):

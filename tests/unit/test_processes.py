@@ -77,6 +77,8 @@ def test_models_of_ctranslate2_are_alone() -> None:
     }
     groups = process_groups({**options, "d": {"engine": "ctranslate2"}})
     assert groups["a"] == groups["b"] and len(set(groups.values())) == 4
+    with pytest.raises(UserError, match="no engine 'fast'"):
+        process_groups({"a": {"engine": "fast"}})
 
 
 def test_one_thread_and_all_are_tried() -> None:
