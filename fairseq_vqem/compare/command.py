@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 
 import numpy as np
 
-from fairseq_vqem.benchmark.signature import code_checksum
 from fairseq_vqem.benchmark.splits import languages
 from fairseq_vqem.benchmark.tables import render_table
 from fairseq_vqem.compare.fairness import check_no_leak, check_same_outputs
@@ -19,7 +17,7 @@ from fairseq_vqem.compare.report import Findings, report_folder, write_compariso
 from fairseq_vqem.compare.settings import Settings, read_settings
 from fairseq_vqem.corpora.files import read_lines, replacing, write_columns
 from fairseq_vqem.pipeline import stages
-from fairseq_vqem.pipeline.recipe import read_recipe
+from fairseq_vqem.pipeline.command import add_arguments, read_run, train_all
 from fairseq_vqem.pipeline.report import HYPOTHESES
 
 
@@ -28,27 +26,18 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = subparsers.add_parser(
         "compare", help="train, decode, score and time every system of a recipe; resumable"
     )
-    parser.add_argument("recipe", type=Path, help="a recipe.yaml")
-    parser.add_argument("--out", type=Path, required=True, help="folder for everything it makes")
-    parser.add_argument("--scale", default="cpu", help="of a recipe with {scale} in its extends")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    add_arguments(parser)
     parser.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:
     started = time.monotonic()
-    code_checksum()  # of the code as it is loaded, before hours of training
-    run = stages.Run(
-        read_recipe(arguments.recipe, arguments.scale), arguments.out.resolve(), arguments.device
-    )
+    run = read_run(arguments)
     settings = read_settings(run.recipe, stages.systems(run))
     stages.check(run)
     stages.prepare(run)
     check_no_leak(run.out / "corpus" / "raw", languages(run.data)[0])
-    stages.train_teacher(run)
-    stages.distill(run)
-    for name in run.recipe.students:
-        stages.train_student(run, name)
+    train_all(run)
     print(compare(run, settings))
     print(f"\nTook {(time.monotonic() - started) / 60:.1f} minutes.")
     return 0
@@ -80,8 +69,15 @@ def compare(run: stages.Run, settings: Settings) -> str:
         hypotheses, timings["translations"], timings["places"], settings.sampled
     )
     findings = Findings(
-        *(run, settings, systems, sources, references),
-        *(hypotheses, translations.parameters, timings, same),
+        run=run,
+        settings=settings,
+        systems=systems,
+        sources=sources,
+        references=references,
+        hypotheses=hypotheses,
+        parameters=translations.parameters,
+        timings=timings,
+        same_outputs=same,
     )
     folder = report_folder(run)
     folder.mkdir(exist_ok=True)
@@ -92,7 +88,16 @@ def compare(run: stages.Run, settings: Settings) -> str:
     page = folder / "compare.html"
     trainings = curves(run)
     further = write_further_tables(findings, table, trainings, result["signature"]["sacrebleu"])
-    write_page(*(page, table, further, result, seconds, timings["source_tokens"], texts, trainings))
+    write_page(
+        page,
+        table=table,
+        further=further,
+        result=result,
+        seconds=seconds,
+        source_tokens=timings["source_tokens"],
+        texts=texts,
+        trainings=trainings,
+    )
     tables = [table, *further.values()]
     text = "\n\n".join(render_table(each, result["signature"]) for each in tables)
     with replacing(folder / "compare.md") as temporary:

@@ -5,21 +5,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from fairseq import metrics
 from fairseq.criterions import FairseqCriterion, register_criterion
 from fairseq.dataclass import FairseqDataclass
 from fairseq.tasks import FairseqTask
 from torch import Tensor
 
+from fairseq_vqem.criterions.bottleneck_loss import bottleneck_loss, log_average, log_bottleneck
 from fairseq_vqem.criterions.ctc import ctc_reconstruction
-from fairseq_vqem.criterions.meters import CodeUsageMeter
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.models.config import option
 from fairseq_vqem.models.vqem_transformer import VQEMOutput, VQEMTransformer
-from fairseq_vqem.modules.decoders import LatentDictionary
 from fairseq_vqem.schedules import parse_schedule
-
-PER_LATENT = "per_latent:"  # prefix of what a bottleneck logs under names of its own
 
 
 @dataclass
@@ -118,24 +114,15 @@ class VQEMLoss(FairseqCriterion):
         """Weighted commitment and latent loss; adds their logs and the code histogram."""
         assert output.bottleneck is not None
         assert output.latent_logits is not None and output.latent_tokens is not None
-        result = output.bottleneck
-        commitment = result.commitment.sum()
+        result, update = output.bottleneck, model.num_updates
         latent = latent_loss(
             *(output.latent_logits, output.latent_tokens, result.samples, output.latent_mask),
             *(model, self.latent_smoothing),
         )
-        update = model.num_updates
-        log["commitment"], log["latent"] = commitment.detach(), latent.cross_entropy.detach()
-        log["latents"], log["latent_symbols"] = result.codes.numel(), latent.symbols
+        log["latent"], log["latent_symbols"] = latent.cross_entropy.detach(), latent.symbols
         log["latent_correct"], log["code_symbols"] = latent.correct, latent.symbols - latent.ends
-        log["code_counts"] = code_histogram(result.codes, model.latent_dictionary)
-        weighted = self.commitment_weight(update) * commitment.to(latent.loss.dtype)
-        weighted = weighted + self.latent_weight(update) * latent.loss
-        for name, terms in result.losses.items():
-            log[f"{PER_LATENT}{name}_loss"] = terms.sum().detach()
-            weighted = weighted + terms.sum().to(latent.loss.dtype)
-        for name, values in result.statistics.items():
-            log[PER_LATENT + name] = values.sum()
+        own = bottleneck_loss(result, model.latent_dictionary, self.commitment_weight(update), log)
+        weighted = own.to(latent.loss.dtype) + self.latent_weight(update) * latent.loss
         return model.multiple * weighted
 
     @staticmethod
@@ -145,32 +132,16 @@ class VQEMLoss(FairseqCriterion):
     @classmethod
     def reduce_metrics(cls, logging_outputs: list[dict[str, Any]]) -> None:
         """Average each quantity over what it was summed over, in base 2 as fairseq does."""
-
-        def total(key: str) -> float:
-            return float(sum(log.get(key, 0) for log in logging_outputs))
-
-        def average(name: str, key: str, count_key: str, scale: float = 1.0) -> None:
-            count = total(count_key)
-            if count:
-                metrics.log_scalar(name, total(key) / count * scale, count, round=3)
-
         bits = 1 / math.log(2)
-        average("loss", "loss", "ntokens", bits)
-        average("reconstruction_loss", "reconstruction", "labels", bits)
-        average("nll_loss", "nll", "labels", bits)
-        average("commitment_loss", "commitment", "latents")
-        average("latent_loss", "latent", "latent_symbols", bits)
-        average("latent_accuracy", "latent_correct", "code_symbols")
-        names = {key for log in logging_outputs for key in log if key.startswith(PER_LATENT)}
-        for key in sorted(names):
-            average(key.removeprefix(PER_LATENT), key, "latents")
-        counts = [log["code_counts"] for log in logging_outputs if "code_counts" in log]
-        if counts:
-            metrics.log_custom(CodeUsageMeter, "codes_used", sum(counts))
-            metrics.log_derived(
-                "code_perplexity", lambda meters: round(meters["codes_used"].perplexity, 1)
-            )
-            metrics.log_derived("dead_codes", lambda meters: meters["codes_used"].dead)
+        for name, key, count_key, scale in (
+            ("loss", "loss", "ntokens", bits),
+            ("reconstruction_loss", "reconstruction", "labels", bits),
+            ("nll_loss", "nll", "labels", bits),
+            ("latent_loss", "latent", "latent_symbols", bits),
+            ("latent_accuracy", "latent_correct", "code_symbols", 1.0),
+        ):
+            log_average(logging_outputs, name, key, count_key, scale)
+        log_bottleneck(logging_outputs)
 
 
 def smoothed_cross_entropy(
@@ -189,13 +160,6 @@ def smoothed_cross_entropy(
         return nll, nll
     uniform = -log_probabilities.mean(-1).sum()
     return (1 - smoothing) * nll + smoothing * uniform, nll
-
-
-def code_histogram(codes: Tensor, dictionary: LatentDictionary) -> Tensor:
-    """How often each symbol writes one of the ``codes`` ``[N]``, ``[S, K^(1/S)]``."""
-    symbols = dictionary.tokens(codes) - dictionary.offset
-    counts = torch.bincount(symbols, minlength=dictionary.digits * dictionary.base)
-    return counts.view(dictionary.digits, dictionary.base)
 
 
 def latent_loss(

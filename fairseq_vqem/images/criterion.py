@@ -12,7 +12,7 @@ from fairseq.tasks import FairseqTask
 from torch import Tensor
 
 from fairseq_vqem.bottlenecks import BottleneckOutput
-from fairseq_vqem.criterions.vqem_loss import PER_LATENT, VQEMLoss, code_histogram
+from fairseq_vqem.criterions.bottleneck_loss import bottleneck_loss, log_bottleneck
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.images.likelihood import NATS_TO_BITS, log_likelihood
 from fairseq_vqem.images.metrics import psnr
@@ -20,9 +20,6 @@ from fairseq_vqem.images.model import ImageOutput
 from fairseq_vqem.images.shapes import to_levels, to_unit
 from fairseq_vqem.models.config import option
 from fairseq_vqem.schedules import parse_schedule
-
-OF_BOTTLENECK = ("commitment", "latents", "code_counts")
-"""What ``VQEMLoss.reduce_metrics`` averages for translation as for pictures."""
 
 SCALE_WEIGHT = 1e-4
 
@@ -87,16 +84,9 @@ class ImageLoss(FairseqCriterion):
 
     def latent_losses(self, model: Any, result: BottleneckOutput, log: dict[str, Any]) -> Tensor:
         """Weighted commitment and the bottleneck's terms; adds their logs and the histogram."""
-        commitment = result.commitment.sum()
-        log["commitment"], log["latents"] = commitment.detach(), result.codes.numel()
-        log["code_counts"] = code_histogram(result.codes, model.latent_dictionary)
-        weighted: Tensor = self.commitment_weight(model.num_updates) * commitment
-        for name, terms in result.losses.items():
-            log[f"{PER_LATENT}{name}_loss"] = terms.sum().detach()
-            weighted = weighted + terms.sum()
-        for name, values in result.statistics.items():
-            log[PER_LATENT + name] = values.sum()
-        return weighted.float() / model.latents
+        weight = self.commitment_weight(model.num_updates)
+        loss = bottleneck_loss(result, model.latent_dictionary, weight, log)
+        return loss.float() / model.latents
 
     @staticmethod
     def logging_outputs_can_be_summed() -> bool:
@@ -117,9 +107,4 @@ class ImageLoss(FairseqCriterion):
             total = float(sum(log.get(key, 0) for log in logging_outputs))
             metrics.log_scalar(name, total / pictures * scale, pictures, round=4)
         metrics.log_derived("psnr", lambda meters: round(psnr(meters["mse"].avg), 2))
-        VQEMLoss.reduce_metrics(
-            [
-                {k: v for k, v in log.items() if k in OF_BOTTLENECK or k.startswith(PER_LATENT)}
-                for log in logging_outputs
-            ]
-        )
+        log_bottleneck(logging_outputs)

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from fairseq import checkpoint_utils
 
+from fairseq_vqem.criterions.bottleneck_loss import code_histogram
 from fairseq_vqem.criterions.meters import CodeUsageMeter
-from fairseq_vqem.criterions.vqem_loss import code_histogram
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.images.folder import PictureFolder
 from fairseq_vqem.images.likelihood import NATS_TO_BITS, log_likelihood

@@ -4,13 +4,13 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from fairseq import metrics
 from fairseq.criterions import FairseqCriterion, register_criterion
 from fairseq.dataclass import FairseqDataclass
 from fairseq.tasks import FairseqTask
 from torch import Tensor
 from torch.nn import functional
 
+from fairseq_vqem.criterions.bottleneck_loss import log_average
 from fairseq_vqem.criterions.ctc import ctc_reconstruction
 from fairseq_vqem.criterions.vqem_loss import checked_smoothing, smoothed_cross_entropy
 from fairseq_vqem.errors import UserError
@@ -132,17 +132,3 @@ class FertilityNATLoss(FairseqCriterion):
         log_average(logging_outputs, "loss", "loss", "tokens", BITS)
         log_average(logging_outputs, "nll_loss", "nll", "tokens", BITS)
         log_average(logging_outputs, "fertility_loss", "fertility", "source_words", BITS)
-
-
-def log_average(
-    logging_outputs: list[dict[str, Any]],
-    name: str,
-    key: str,
-    count_key: str,
-    scale: float = 1.0,
-) -> None:
-    """Log the sum of ``key`` over that of ``count_key``, unless there was nothing to count."""
-    count = float(sum(log.get(count_key, 0) for log in logging_outputs))
-    if count:
-        total = float(sum(log.get(key, 0) for log in logging_outputs))
-        metrics.log_scalar(name, total / count * scale, count, round=3)

@@ -17,27 +17,42 @@ from fairseq_vqem.pipeline.report import write_report
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add ``fairseq-vqem run``."""
     parser = subparsers.add_parser("run", help="carry out a recipe; run again to continue it")
+    add_arguments(parser)
+    parser.set_defaults(run=_run)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `read_run` needs."""
     parser.add_argument("recipe", type=Path, help="a recipe.yaml")
     parser.add_argument("--out", type=Path, required=True, help="folder for everything it makes")
     parser.add_argument("--scale", default="cpu", help="of a recipe with {scale} in its extends")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.set_defaults(run=_run)
 
 
-def _run(arguments: argparse.Namespace) -> int:
-    run = stages.Run(
+def read_run(arguments: argparse.Namespace) -> stages.Run:
+    """The recipe, where its results go and on what device."""
+    code_checksum()  # of the code as it is loaded, before hours of training
+    return stages.Run(
         read_recipe(arguments.recipe, arguments.scale), arguments.out.resolve(), arguments.device
     )
-    started = time.monotonic()
-    code_checksum()  # of the code as it is loaded, before hours of training
-    stages.check(run)
-    threads = int(run.recipe.latency.get("threads") or torch.get_num_threads())
-    torch.set_num_threads(threads)  # which the signature states
-    stages.prepare(run)
+
+
+def train_all(run: stages.Run) -> None:
+    """The teacher, its translations and every student."""
     stages.train_teacher(run)
     stages.distill(run)
     for name in run.recipe.students:
         stages.train_student(run, name)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    started = time.monotonic()
+    run = read_run(arguments)
+    stages.check(run)
+    threads = int(run.recipe.latency.get("threads") or torch.get_num_threads())
+    torch.set_num_threads(threads)  # which the signature states
+    stages.prepare(run)
+    train_all(run)
     for system in stages.systems(run):
         print(f"translating the test set: {system}", flush=True)
         stages.translate(run, system)

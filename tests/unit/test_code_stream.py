@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fairseq_vqem.bottlenecks import HardEM
-from fairseq_vqem.criterions.vqem_loss import code_histogram, latent_loss
+from fairseq_vqem.criterions.bottleneck_loss import code_histogram
+from fairseq_vqem.criterions.vqem_loss import latent_loss
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.generation.latent_generator import LatentGenerator
 from fairseq_vqem.generation.latent_search import search_latents
