@@ -29,7 +29,7 @@ from fairseq_vqem.analysis.codes_report import render
 from fairseq_vqem.analysis.posterior import posterior_batches
 from fairseq_vqem.analysis.words import Word, words_of_pieces
 from fairseq_vqem.benchmark.signature import make_signature, write_result
-from fairseq_vqem.benchmark.splits import read_split
+from fairseq_vqem.corpora.reading import read_split
 from fairseq_vqem.corpora.subwords import load_subwords
 from fairseq_vqem.errors import UserError
 

@@ -36,10 +36,10 @@ from fairseq_vqem.analysis.diagnosis_report import main_table, render
 from fairseq_vqem.analysis.translation_errors import find_errors
 from fairseq_vqem.benchmark.scoring import SEED, score
 from fairseq_vqem.benchmark.signature import make_signature
-from fairseq_vqem.benchmark.splits import languages, read_split, read_tokens
 from fairseq_vqem.benchmark.tables import write_table
 from fairseq_vqem.corpora.files import read_lines
 from fairseq_vqem.corpora.prepare import RAW
+from fairseq_vqem.corpora.reading import languages, read_split, read_tokens
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.generation.parts import PARALLEL_TASKS, is_autoregressive
 

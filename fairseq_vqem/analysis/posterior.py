@@ -11,8 +11,8 @@ import torch
 from fairseq import utils
 
 from fairseq_vqem.benchmark.scoring import score
-from fairseq_vqem.benchmark.splits import languages, read_text
 from fairseq_vqem.corpora.files import write_lines
+from fairseq_vqem.corpora.reading import languages, read_text
 from fairseq_vqem.corpora.subwords import load_subwords
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.generation.api import checked_device, load_models

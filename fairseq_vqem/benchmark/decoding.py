@@ -32,7 +32,6 @@ from fairseq_vqem.benchmark.latency import choose_places
 from fairseq_vqem.benchmark.processes import Processes
 from fairseq_vqem.benchmark.random_models import widen_vocabulary
 from fairseq_vqem.benchmark.signature import Signature, make_signature
-from fairseq_vqem.benchmark.splits import languages, read_split, read_tokens
 from fairseq_vqem.benchmark.tables import (
     ResultRow,
     ResultTable,
@@ -42,6 +41,7 @@ from fairseq_vqem.benchmark.tables import (
 )
 from fairseq_vqem.benchmark.timing import Seconds, measure, speedup, summarise
 from fairseq_vqem.benchmark.turns import TimedCalls, process_groups, thread_counts
+from fairseq_vqem.corpora.reading import languages, read_split, read_tokens
 from fairseq_vqem.corpora.subwords import load_subwords
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.export.standalone.manifest import BEAM, GREEDY

@@ -242,6 +242,6 @@ def _loader(paths: str, options: dict[str, Any], arguments: argparse.Namespace) 
 def _sentences(arguments: argparse.Namespace) -> list[str]:
     if arguments.source:
         return list(read_lines(arguments.source))
-    from fairseq_vqem.benchmark.splits import read_split
+    from fairseq_vqem.corpora.reading import read_split
 
     return read_split(arguments.data, "test")[0]

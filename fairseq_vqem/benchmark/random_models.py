@@ -13,7 +13,7 @@ from fairseq.data import Dictionary
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from omegaconf import OmegaConf
 
-from fairseq_vqem.benchmark.splits import languages
+from fairseq_vqem.corpora.reading import languages
 from fairseq_vqem.corpora.subwords import load_subwords
 from fairseq_vqem.errors import UserError
 

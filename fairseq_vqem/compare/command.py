@@ -7,7 +7,6 @@ import time
 
 import numpy as np
 
-from fairseq_vqem.benchmark.splits import languages
 from fairseq_vqem.benchmark.tables import render_table
 from fairseq_vqem.compare.fairness import check_no_leak, check_same_outputs
 from fairseq_vqem.compare.further import curves, write_further_tables
@@ -16,6 +15,7 @@ from fairseq_vqem.compare.page import write_page
 from fairseq_vqem.compare.report import Findings, report_folder, write_comparison
 from fairseq_vqem.compare.settings import Settings, read_settings
 from fairseq_vqem.corpora.files import read_lines, replacing, write_columns
+from fairseq_vqem.corpora.reading import languages
 from fairseq_vqem.pipeline import stages
 from fairseq_vqem.pipeline.command import add_arguments, read_run, train_all
 from fairseq_vqem.pipeline.report import HYPOTHESES

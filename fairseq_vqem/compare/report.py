@@ -19,11 +19,11 @@ from fairseq_vqem.benchmark.scoring import (
     score,
 )
 from fairseq_vqem.benchmark.signature import make_signature
-from fairseq_vqem.benchmark.splits import languages
 from fairseq_vqem.benchmark.tables import ResultRow, ResultTable, latency_columns, write_table
 from fairseq_vqem.benchmark.throughput import Throughput, summarise_throughput
 from fairseq_vqem.benchmark.timing import medians_by_length, speedup
 from fairseq_vqem.compare.settings import Settings
+from fairseq_vqem.corpora.reading import languages
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.pipeline.report import training_summary
 from fairseq_vqem.pipeline.stages import TEACHER, VQEM_TASK, Run, System

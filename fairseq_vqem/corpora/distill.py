@@ -17,7 +17,6 @@ from pathlib import Path
 
 from fairseq_vqem.benchmark.scoring import score
 from fairseq_vqem.benchmark.signature import make_signature, write_result
-from fairseq_vqem.benchmark.splits import languages, read_text
 from fairseq_vqem.corpora.binarise import MANIFEST, SPLITS, binarise, data_checksum
 from fairseq_vqem.corpora.files import (
     count_and_checksum,
@@ -27,6 +26,7 @@ from fairseq_vqem.corpora.files import (
     write_json,
     write_lines,
 )
+from fairseq_vqem.corpora.reading import languages, read_text
 from fairseq_vqem.corpora.subwords import load_subwords
 from fairseq_vqem.corpora.teaching import Teaching, merged_shards, translate_shards
 from fairseq_vqem.errors import UserError

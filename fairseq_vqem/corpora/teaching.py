@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fairseq_vqem.benchmark.splits import languages, read_tokens
 from fairseq_vqem.corpora.files import read_lines, write_lines
+from fairseq_vqem.corpora.reading import languages, read_tokens
 from fairseq_vqem.errors import UserError
 
 if TYPE_CHECKING:

@@ -12,7 +12,6 @@ from fairseq import checkpoint_utils
 from fairseq_vqem.benchmark.engines import engine_versions
 from fairseq_vqem.benchmark.scoring import paired_bootstrap, score
 from fairseq_vqem.benchmark.signature import make_signature
-from fairseq_vqem.benchmark.splits import languages
 from fairseq_vqem.benchmark.tables import (
     ResultRow,
     ResultTable,
@@ -22,6 +21,7 @@ from fairseq_vqem.benchmark.tables import (
 )
 from fairseq_vqem.corpora.distill import REPORT
 from fairseq_vqem.corpora.files import read_json, write_columns
+from fairseq_vqem.corpora.reading import languages
 from fairseq_vqem.pipeline.stages import (
     TEACHER_GREEDY,
     VQEM_TASK,

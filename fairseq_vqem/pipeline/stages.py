@@ -23,7 +23,6 @@ from fairseq_vqem.benchmark.engines import (
 )
 from fairseq_vqem.benchmark.scoring import read_generate_output
 from fairseq_vqem.benchmark.signature import device_name
-from fairseq_vqem.benchmark.splits import languages
 from fairseq_vqem.corpora.binarise import data_checksum
 from fairseq_vqem.corpora.distill import REPORT, check_plan, plan_file, read_teaching
 from fairseq_vqem.corpora.files import (
@@ -34,6 +33,7 @@ from fairseq_vqem.corpora.files import (
     write_json,
     write_lines,
 )
+from fairseq_vqem.corpora.reading import languages
 from fairseq_vqem.corpora.subwords import load_subwords
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.generation.api import checked_device

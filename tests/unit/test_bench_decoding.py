@@ -31,9 +31,9 @@ from fairseq_vqem.benchmark.decoding import (
     time_graphs,
 )
 from fairseq_vqem.benchmark.random_models import widen_vocabulary
-from fairseq_vqem.benchmark.splits import read_split
 from fairseq_vqem.benchmark.tables import read_table
 from fairseq_vqem.cli import main
+from fairseq_vqem.corpora.reading import read_split
 from fairseq_vqem.corpora.subwords import load_subwords
 from fairseq_vqem.errors import UserError
 

@@ -14,11 +14,11 @@ from test_api import MAX_POSITIONS, PAIRS, SPLITS, make_data, make_teacher
 from tiny_student import make_student
 
 from fairseq_vqem.benchmark.signature import read_result
-from fairseq_vqem.benchmark.splits import read_split
 from fairseq_vqem.corpora import distill as distill_module
 from fairseq_vqem.corpora import teaching as teaching_module
 from fairseq_vqem.corpora.distill import check_plan, distill, plan_file
 from fairseq_vqem.corpora.files import read_json, read_lines, write_json, write_lines
+from fairseq_vqem.corpora.reading import read_split
 from fairseq_vqem.corpora.teaching import Teaching, merged_shards, shard_indices, translate_shards
 from fairseq_vqem.errors import UserError
 

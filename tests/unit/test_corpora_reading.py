@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from test_api import SPLITS
 
-from fairseq_vqem.benchmark.splits import read_split
 from fairseq_vqem.corpora.binarise import binarise
 from fairseq_vqem.corpora.files import write_lines
+from fairseq_vqem.corpora.reading import read_split
 from fairseq_vqem.corpora.subwords import train_subwords
 
 STRANGE = "Katze ☃ sieht Hund"  # with a character that training has not
