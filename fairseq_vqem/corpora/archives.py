@@ -27,6 +27,7 @@ SEGMENT = re.compile(r"<seg\b[^>]*>(.*?)</seg>", re.DOTALL | re.IGNORECASE)
 TALK_TEXT_TAG = re.compile(r"</?(?:title|description)>")
 TALK_FILE_PREFIX = "train.tags."
 MANIFEST = "manifest.json"
+OF_SUBWORDS = ("vocabulary_size", "character_coverage")  # rules that leave the text alone
 
 
 def extract_text(name: str, downloads: Path, out_dir: Path) -> dict[str, Any]:
@@ -53,9 +54,11 @@ def extract_text(name: str, downloads: Path, out_dir: Path) -> dict[str, Any]:
     sizes = {path.name: path.stat().st_size for path in _sources(corpus, downloads, archives)}
     manifest_path, extracted = out_dir / MANIFEST, out_dir / "extracted"
     manifest: dict[str, Any] = read_json(manifest_path) if manifest_path.is_file() else {}
-    made_by: dict[str, Any] = {"corpus": name, "rules": plain(asdict(corpus)), "sources": sizes}
-    if all(manifest.get(key) == value for key, value in made_by.items()):
-        if manifest["splits"] == _describe(corpus, out_dir):
+    rules = {key: value for key, value in asdict(corpus).items() if key not in OF_SUBWORDS}
+    made_by: dict[str, Any] = {"corpus": name, "sources": sizes, "rules": plain(rules)}
+    if manifest.get("corpus") == name and manifest.get("sources") == sizes:
+        same = manifest.get("rules") == made_by["rules"]
+        if same and manifest["splits"] == _describe(corpus, out_dir):
             return manifest
     else:
         shutil.rmtree(extracted, ignore_errors=True)  # perhaps of other archives

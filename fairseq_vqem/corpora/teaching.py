@@ -111,6 +111,8 @@ def _translate_in_processes(
     finally:
         # Not the pool's own ``with``: that works through every shard that waits.
         pool.shutdown(cancel_futures=True)
+        for path in teaching.shard_file(0).parent.glob(".*.part"):  # of whoever was ended
+            path.unlink(missing_ok=True)
 
 
 def merged_shards(teaching: Teaching, count: int) -> list[str | None]:
@@ -121,12 +123,7 @@ def merged_shards(teaching: Teaching, count: int) -> list[str | None]:
     """
     found: dict[int, str | None] = {}
     for shard in range(teaching.shards):
-        path = teaching.shard_file(shard)
-        for line in read_lines(path):
-            try:
-                index, pieces = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path} is damaged; delete it and start again.") from error
+        for index, pieces in _read_shard(teaching.shard_file(shard)):
             if index in found:
                 raise UserError(f"Sentence {index} is in two shards; delete {teaching.out}/shards.")
             found[index] = pieces
@@ -136,6 +133,13 @@ def merged_shards(teaching: Teaching, count: int) -> list[str | None]:
             f"delete {teaching.out}/shards and start again."
         )
     return [found[index] for index in range(count)]
+
+
+def _read_shard(path: Path) -> list[tuple[int, str | None]]:
+    try:
+        return [(index, pieces) for index, pieces in map(json.loads, read_lines(path))]
+    except (UserError, ValueError) as error:  # no UTF-8, or no JSON
+        raise UserError(f"{path} is damaged; delete it and start again.") from error
 
 
 _teacher: Translator | None = None

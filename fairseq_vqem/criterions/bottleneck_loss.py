@@ -9,7 +9,7 @@ from fairseq import metrics
 from torch import Tensor
 
 from fairseq_vqem.bottlenecks import BottleneckOutput
-from fairseq_vqem.criterions.meters import CodeUsageMeter
+from fairseq_vqem.criterions.meters import CodeUsageMeter, log_average
 from fairseq_vqem.modules.decoders import LatentDictionary
 
 PER_LATENT = "per_latent:"  # prefix of what a bottleneck logs under names of its own
@@ -18,18 +18,19 @@ PER_LATENT = "per_latent:"  # prefix of what a bottleneck logs under names of it
 def bottleneck_loss(
     result: BottleneckOutput, dictionary: LatentDictionary, weight: float, log: dict[str, Any]
 ) -> Tensor:
-    """Commitment times ``weight`` and the bottleneck's own terms, summed over the latents.
+    """Commitment times ``weight`` and the bottleneck's own terms, summed over the latents, float32.
 
     Args:
         log: receives both, and how often each code was chosen.
     """
-    commitment = result.commitment.sum()
+    commitment = result.commitment.float().sum()
     log["commitment"], log["latents"] = commitment.detach(), result.codes.numel()
     log["code_counts"] = code_histogram(result.codes, dictionary)
     loss = weight * commitment
     for name, terms in result.losses.items():
-        log[f"{PER_LATENT}{name}_loss"] = terms.sum().detach()
-        loss = loss + terms.sum()
+        summed = terms.float().sum()
+        log[f"{PER_LATENT}{name}_loss"] = summed.detach()
+        loss = loss + summed
     for name, values in result.statistics.items():
         log[PER_LATENT + name] = values.sum()
     return loss
@@ -55,17 +56,3 @@ def code_histogram(codes: Tensor, dictionary: LatentDictionary) -> Tensor:
     symbols = dictionary.tokens(codes) - dictionary.offset
     counts = torch.bincount(symbols, minlength=dictionary.digits * dictionary.base)
     return counts.view(dictionary.digits, dictionary.base)
-
-
-def log_average(
-    logging_outputs: list[dict[str, Any]],
-    name: str,
-    key: str,
-    count_key: str,
-    scale: float = 1.0,
-) -> None:
-    """Log the sum of ``key`` over that of ``count_key``, unless there was nothing to count."""
-    count = float(sum(log.get(count_key, 0) for log in logging_outputs))
-    if count:
-        total = float(sum(log.get(key, 0) for log in logging_outputs))
-        metrics.log_scalar(name, total / count * scale, count, round=3)

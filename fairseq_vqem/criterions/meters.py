@@ -1,14 +1,29 @@
-"""Codebook statistics over a whole logging interval, never per batch."""
+"""Averages of what was summed, and codebook statistics over a whole logging interval."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from fairseq import metrics
 from fairseq.logging.meters import Meter
 from torch import Tensor
 
 from fairseq_vqem.compat import allow_in_checkpoints
+
+
+def log_average(
+    logging_outputs: list[dict[str, Any]],
+    name: str,
+    key: str,
+    count_key: str,
+    scale: float = 1.0,
+) -> None:
+    """Log the sum of ``key`` over that of ``count_key``, unless there was nothing to count."""
+    count = float(sum(log.get(count_key, 0) for log in logging_outputs))
+    if count:
+        total = float(sum(log.get(key, 0) for log in logging_outputs))
+        metrics.log_scalar(name, total / count * scale, count, round=3)
 
 
 class CodeUsageMeter(Meter):

@@ -10,8 +10,9 @@ from fairseq.dataclass import FairseqDataclass
 from fairseq.tasks import FairseqTask
 from torch import Tensor
 
-from fairseq_vqem.criterions.bottleneck_loss import bottleneck_loss, log_average, log_bottleneck
+from fairseq_vqem.criterions.bottleneck_loss import bottleneck_loss, log_bottleneck
 from fairseq_vqem.criterions.ctc import ctc_reconstruction
+from fairseq_vqem.criterions.meters import log_average
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.models.config import option
 from fairseq_vqem.models.vqem_transformer import VQEMOutput, VQEMTransformer
@@ -122,7 +123,7 @@ class VQEMLoss(FairseqCriterion):
         log["latent"], log["latent_symbols"] = latent.cross_entropy.detach(), latent.symbols
         log["latent_correct"], log["code_symbols"] = latent.correct, latent.symbols - latent.ends
         own = bottleneck_loss(result, model.latent_dictionary, self.commitment_weight(update), log)
-        weighted = own.to(latent.loss.dtype) + self.latent_weight(update) * latent.loss
+        weighted = own + self.latent_weight(update) * latent.loss
         return model.multiple * weighted
 
     @staticmethod

@@ -15,7 +15,7 @@ from torch import Tensor
 from fairseq_vqem.errors import UserError
 
 PARALLEL_TASKS = ("translation_vqem", "translation_nat", "translation_lev")
-"""Whose models write all words at once."""
+"""Of models that are not autoregressive."""
 
 MOST_TOKENS = 8192
 """Source tokens times candidates decoded in one batch: 1-2 GB of logits."""

@@ -86,7 +86,7 @@ class ImageLoss(FairseqCriterion):
         """Weighted commitment and the bottleneck's terms; adds their logs and the histogram."""
         weight = self.commitment_weight(model.num_updates)
         loss = bottleneck_loss(result, model.latent_dictionary, weight, log)
-        return loss.float() / model.latents
+        return loss / model.latents
 
     @staticmethod
     def logging_outputs_can_be_summed() -> bool:

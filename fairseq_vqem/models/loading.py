@@ -11,6 +11,10 @@ from fairseq_vqem.bottlenecks.codebook import SIZES_VARY
 from fairseq_vqem.errors import UserError
 
 MAX_REASON = 160
+OTHER_ARCHITECTURE = (
+    "it is another architecture's or was made with other options; use those of its training, or"
+    " --init-from to start from an autoregressive teacher"
+)
 
 
 def refuse_other_sizes(own: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> None:

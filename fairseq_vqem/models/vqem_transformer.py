@@ -27,7 +27,7 @@ from fairseq_vqem.models.config import (
 )
 from fairseq_vqem.models.defaults import add_missing_options
 from fairseq_vqem.models.initialise import initialise_from_teacher
-from fairseq_vqem.models.loading import misfit, refuse_other_sizes
+from fairseq_vqem.models.loading import OTHER_ARCHITECTURE, misfit, refuse_other_sizes
 from fairseq_vqem.modules.convolutions import Compressor, Expander
 from fairseq_vqem.modules.ctc import CTCOutput, glancing_pass, left_packed
 from fairseq_vqem.modules.decoders import (
@@ -68,7 +68,7 @@ class VQEMOutput:
 NO_LIMIT = 2**30  # more positions than any text has, and still an integer
 
 
-def _share(text: str, option: str) -> Schedule:
+def _share_schedule(text: str, option: str) -> Schedule:
     return parse_schedule(text, 0.0, 1.0, option=option)
 
 
@@ -111,9 +111,9 @@ class VQEMTransformer(FairseqEncoderDecoderModel):
             cfg.codebook_size, bottleneck.digits if factorises(cfg) else 1
         )
         self.latent_predictor = LatentPredictor(predictor_config(cfg), self.latent_dictionary)
-        self.quantise_schedule = _share(cfg.quantise_schedule, "--quantise-schedule")
-        self.gold_schedule = _share(cfg.gold_schedule, "--gold-schedule")
-        self.predicted_schedule = _share(cfg.predicted_schedule, "--predicted-schedule")
+        self.quantise_schedule = _share_schedule(cfg.quantise_schedule, "--quantise-schedule")
+        self.gold_schedule = _share_schedule(cfg.gold_schedule, "--gold-schedule")
+        self.predicted_schedule = _share_schedule(cfg.predicted_schedule, "--predicted-schedule")
         self.prior_schedule = parse_schedule(cfg.predictor_prior, 0.0)
         self.num_updates = 0
 
@@ -390,11 +390,7 @@ class VQEMTransformer(FairseqEncoderDecoderModel):
         try:
             return super().load_state_dict(state_dict, *args, **kwargs)
         except RuntimeError as error:
-            advice = (
-                "it is another architecture's or was made with other options; use those of its"
-                " training, or --init-from to start from an autoregressive teacher"
-            )
-            raise misfit(advice, error) from error
+            raise misfit(OTHER_ARCHITECTURE, error) from error
 
 
 def build_embedding(dictionary: Dictionary, dimension: int) -> nn.Embedding:

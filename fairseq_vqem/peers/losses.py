@@ -10,8 +10,8 @@ from fairseq.tasks import FairseqTask
 from torch import Tensor
 from torch.nn import functional
 
-from fairseq_vqem.criterions.bottleneck_loss import log_average
 from fairseq_vqem.criterions.ctc import ctc_reconstruction
+from fairseq_vqem.criterions.meters import log_average
 from fairseq_vqem.criterions.vqem_loss import checked_smoothing, smoothed_cross_entropy
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.models.config import option
