@@ -27,6 +27,8 @@ class EngineKind:
     """Whether it has the decoding options of fairseq's task too."""
     tasks: tuple[str, ...] | None = None
     """fairseq's tasks whose models it takes; None: all."""
+    architectures: tuple[str, ...] = ("",)
+    """How the names of their architectures begin."""
     alone: bool = False
     """Whether each of its models needs a process of its own, for their threads disturb others."""
 
@@ -47,6 +49,7 @@ ENGINES: dict[str, EngineKind] = {
             *("iter_decode_with_beam", "iter_decode_with_external_reranker"),
         ),
         tasks=("translation_vqem", "translation_nat"),
+        architectures=("vqem_transformer", "ctc_nat"),
     ),
 }
 """By the name that a recipe gives; `check_engine` and `load_engine` know the rest."""

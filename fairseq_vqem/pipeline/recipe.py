@@ -19,7 +19,6 @@ STAGE = ("task", "max_update", "distilled", "from_teacher", START, "generate")  
 LANGUAGES = ("lang", "source_lang", "target_lang")  # of prepare
 LATENCY = {"sentences": 1, "repeats": 1, "burn_in": 0, "threads": 1}  # and the least of each
 VQEM_TASK = "translation_vqem"
-NAT_TASK = "translation_nat"
 RESERVED = ("source", "reference")  # columns of the translations beside the systems
 TEACHER_BEAM_SIZE = 4  # the row is named after it
 FORBIDDEN = {"students": ":/\\=", "variants": "="}  # folders, and both go into NAME=VALUE
@@ -65,6 +64,14 @@ class Recipe:
     latency: Options = field(default_factory=dict)
     compare: Options = field(default_factory=dict)
     seed: int = 1
+
+    def trained(self, model: str) -> Options:
+        """All options that a student, or else the teacher, is trained with."""
+        if model not in self.students:
+            return {**self.common, **self.teacher}
+        own = self.students[model]
+        latents = own.get("task", VQEM_TASK) == VQEM_TASK
+        return {**self.common, **(self.latent_student if latents else {}), **own}
 
 
 def read_recipe(path: Path, scale: str = "cpu") -> Recipe:
@@ -118,10 +125,8 @@ def _check_stages(recipe: Recipe) -> None:
             raise UserError(f"the {option} of prepare is {language}: put it in quotes")
     if not recipe.students:
         raise UserError("there are no students: give at least one")
-    for name, options in {"teacher": recipe.teacher, **recipe.students}.items():
-        latents = name in recipe.students and options.get("task", VQEM_TASK) == VQEM_TASK
-        shared = {**recipe.common, **(recipe.latent_student if latents else {})}
-        updates = {**shared, **options}.get("max_update")
+    for name in ("teacher", *recipe.students):
+        updates = recipe.trained(name).get("max_update")
         if not is_count(updates, 1):
             raise UserError(f"the max_update of {name!r} is {updates}: it must be a whole number")
     if recipe.decode.get("beam", TEACHER_BEAM_SIZE) != TEACHER_BEAM_SIZE:

@@ -40,7 +40,6 @@ from fairseq_vqem.generation.api import checked_device
 from fairseq_vqem.peers.alignments import alignment_prefix
 from fairseq_vqem.pipeline.kept import file_name, forget, identity, is_current, remember
 from fairseq_vqem.pipeline.recipe import (
-    NAT_TASK,
     START,
     TEACHER_BEAM_SIZE,
     VQEM_TASK,
@@ -256,20 +255,15 @@ def check(run: Run) -> None:
     for name, system in systems(run).items():
         engine, weights = system.options.get("engine", "fairseq"), system.options.get("weights")
         check_engine(engine, run.device, str(weights or "float32"))
-        if system.task not in (engine_kind(engine).tasks or (system.task,)) or (
-            engine == "exported" and system.task == NAT_TASK and not _has_ctc(run, system.model)
-        ):
+        kind, trained = engine_kind(engine), run.recipe.trained(system.model)
+        known = system.task in (kind.tasks or (system.task,))
+        if not known or not str(trained.get("arch")).startswith(kind.architectures):
             raise UserError(
                 f"the engine {engine} of {name!r} cannot decode {system.model!r}: ctranslate2 takes"
                 " autoregressive models, exported takes vqem_transformer and ctc_nat"
             )
         if unknown := unknown_options(system.options, system.task):
             raise UserError(f"the engine {engine} of {name!r} has no option {', '.join(unknown)}")
-
-
-def _has_ctc(run: Run, student: str) -> bool:
-    architecture = {**run.recipe.common, **run.recipe.students[student]}.get("arch", "")
-    return str(architecture).startswith("ctc_nat")
 
 
 def systems(run: Run) -> dict[str, System]:
