@@ -9,8 +9,8 @@ import pytest
 import torch
 from model_helpers import assert_user_error
 from omegaconf import OmegaConf
+from peer_helpers import FAIRSEQ, PEERS, make_task, model_config
 from teacher_helpers import tiny_teacher
-from test_peers_models import FAIRSEQ, PEERS, make_task, model_config
 
 from fairseq_vqem.models import VQEMTransformer
 from fairseq_vqem.models.config import VQEMTransformerConfig

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_peers_models import (
+from peer_helpers import (
     BOS,
     EOS,
     PAD,

@@ -10,8 +10,8 @@ import pytest
 import torch
 from fairseq import metrics
 from fairseq.criterions.nat_loss import LabelSmoothedDualImitationCriterion
+from peer_helpers import SOURCES, batch, decode, make_model, make_task, make_teacher, sentences
 from sacrebleu.metrics import BLEU
-from test_peers_models import SOURCES, batch, decode, make_model, make_task, make_teacher, sentences
 
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.peers.config import CTCNATConfig
