@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from fairseq import checkpoint_utils, utils
+from fairseq.file_io import PathManager
 from torch import Tensor, nn
 
 from fairseq_vqem.errors import UserError
@@ -43,9 +44,14 @@ def initialise_from_teacher(model: nn.Module, checkpoint: str) -> int:
         The number of tensors copied.
 
     Raises:
-        UserError: the teacher has another hidden size, vocabulary or layer normalisation, or would
-            compute something else with the same parameters.
+        UserError: there is no such file, the teacher has another hidden size, vocabulary or layer
+            normalisation, or would compute something else with the same parameters.
     """
+    if not PathManager.isfile(checkpoint):
+        raise UserError(
+            f"--init-from {checkpoint}: there is no such file; check the path, or, to go on with a"
+            " training that had begun, leave the option out"
+        )
     state = checkpoint_utils.load_checkpoint_to_cpu(checkpoint)
     teacher: dict[str, Tensor] = state["model"]
     own = model.state_dict()

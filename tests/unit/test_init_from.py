@@ -81,6 +81,7 @@ def test_init_from_refuses_other_teachers(tiny: Any, tmp_path: Path) -> None:
     )
     path = save_teacher(tiny.task(), tmp_path, before=False)
     assert_user_error("--encoder-normalize-before", lambda: build(tiny, path))
+    assert_user_error("there is no such file", lambda: build(tiny, tmp_path / "absent.pt"))
 
 
 @pytest.mark.usefixtures("plain_loading")

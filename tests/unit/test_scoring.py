@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import sacrebleu
 import torch
 
+from fairseq_vqem.analysis.diagnosis_records import PARTS, brevity, groups, steps
 from fairseq_vqem.benchmark import scoring
 from fairseq_vqem.benchmark.scoring import (
     difference_intervals,
@@ -20,9 +22,15 @@ from fairseq_vqem.benchmark.scoring import (
     score,
 )
 from fairseq_vqem.benchmark.signature import read_result
+from fairseq_vqem.compare import report as compare_report
 from fairseq_vqem.compare.pairs import pair_rows
+from fairseq_vqem.compare.report import Findings
+from fairseq_vqem.compare.settings import read_settings
 from fairseq_vqem.corpora import distill
 from fairseq_vqem.errors import UserError
+from fairseq_vqem.pipeline import report
+from fairseq_vqem.pipeline.recipe import Recipe
+from fairseq_vqem.pipeline.stages import TEACHER_BEAM, TEACHER_GREEDY, Run
 
 REFERENCES = [f"The cat number {n} sat on the mat and looked at {n * n} mice." for n in range(30)]
 GOOD = [line.replace("mice", "rats") if n % 3 else line for n, line in enumerate(REFERENCES)]
@@ -54,6 +62,26 @@ def test_whoever_scores_knows_the_language(tiny: Any) -> None:
     task = tiny.task(dictionary)
     task.cfg.target_lang = "zh"
     assert task.bleu_statistics("b", [ids], {"target": ids[None]})["_b_sys_len"] == 4
+
+
+def test_reports_know_the_language(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = [line.replace("文档", "文件") for line in CHINESE]
+    expected = score(given, CHINESE, language="zh", bootstrap=0).bleu
+    for module in (report, compare_report):
+        monkeypatch.setattr(module, "languages", lambda data: ("en", "zh"))
+    run = Run(Recipe("x", {}, {}, {}, {"student": {}}), tmp_path, "cpu")
+    texts = {TEACHER_GREEDY: CHINESE, "student": given}
+    settings = read_settings(run.recipe, [TEACHER_BEAM, *texts])
+    found = Findings(run, settings, {}, [], CHINESE, texts, {}, {}, {})
+    assert found.score("student", 0).bleu == expected
+    assert compare_report._paired(found)[1].bleu == expected
+    (step,) = steps({"first": CHINESE, next(iter(PARTS)): given}, CHINESE, "zh")
+    assert step.bleu == pytest.approx(100 - expected)
+    assert brevity(["单击按钮", *CHINESE[1:]], CHINESE, "zh") == pytest.approx(math.exp(-5 / 23))
+    (whole,) = groups(texts, CHINESE, {"all": [0, 1, 2]}, "zh")
+    assert whole.bleu["student"] == expected
+    monkeypatch.setattr(report, "reconstruct_test", lambda run, system: given)
+    assert report.notes(run, "student", CHINESE) == f"posterior BLEU {expected:.1f}"
 
 
 @pytest.mark.parametrize("language", ["zh", "zh_CN", "zh-Hant"])
