@@ -9,5 +9,6 @@ import sys
 from fairseq_vqem.export.standalone import StandaloneTranslator
 
 translator = StandaloneTranslator(sys.argv[1])
+sys.stdin.reconfigure(encoding="utf-8-sig")  # without a byte order mark
 for translation in translator.translate([line.rstrip("\n") for line in sys.stdin]):
     print(translation)

@@ -26,7 +26,7 @@ from fairseq_vqem.analysis.code_records import (
 )
 from fairseq_vqem.analysis.codes_page import write_page
 from fairseq_vqem.analysis.codes_report import render
-from fairseq_vqem.analysis.posterior import posterior_batches
+from fairseq_vqem.analysis.posterior import posterior_batches, posterior_codes
 from fairseq_vqem.analysis.words import Word, words_of_pieces
 from fairseq_vqem.benchmark.signature import make_signature, write_result
 from fairseq_vqem.corpora.reading import read_split
@@ -74,14 +74,6 @@ def encode_split(
         model.cfg.codebook_size,
         model.pad_code() if model.cfg.latent_length == "source" else None,
     )
-
-
-def posterior_codes(model: Any, sample: dict[str, Any]) -> torch.Tensor:
-    """The autoencoder's codes ``[B, L]`` of a batch with targets, -1 at padding."""
-    lengths = sample["net_input"]["src_lengths"]
-    encoder_out = model.encoder(sample["net_input"]["src_tokens"], src_lengths=lengths)
-    codes: torch.Tensor = model.posterior_codes(sample["target"], lengths, encoder_out)
-    return codes
 
 
 def _predict(task: Any, model: Any, sample: dict[str, Any]) -> list[dict[str, Any]]:

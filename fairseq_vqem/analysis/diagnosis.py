@@ -39,7 +39,7 @@ from fairseq_vqem.benchmark.signature import make_signature
 from fairseq_vqem.benchmark.tables import write_table
 from fairseq_vqem.corpora.files import read_lines
 from fairseq_vqem.corpora.prepare import RAW
-from fairseq_vqem.corpora.reading import languages, read_split, read_tokens
+from fairseq_vqem.corpora.reading import check_direction, languages, read_split, read_tokens
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.generation.parts import PARALLEL_TASKS, is_autoregressive
 
@@ -127,10 +127,12 @@ def translate(
     translator = Translator.from_checkpoint(teacher, data, device=device, beam=beam, lenpen=lenpen)
     if not all(is_autoregressive(model) for model in translator.models):
         raise UserError(problem)
+    check_direction(teacher, translator.task, data)
     tokens = read_tokens(data, split, languages(data)[0])
     rows = [tokens[number].long() for number in range(len(tokens))]
     occupied = [number for number, row in enumerate(rows) if len(row) > 1]
     found = [row[-1:] for row in rows]
+    translator.check_lengths([len(row) for row in rows])  # lines of the split, with empty ones
     outputs = translator.translate_tokens([rows[number] for number in occupied])
     for number, output in zip(occupied, outputs, strict=True):
         found[number] = output

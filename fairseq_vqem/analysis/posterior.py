@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from fairseq import utils
+from torch import Tensor
 
 from fairseq_vqem.benchmark.scoring import score
 from fairseq_vqem.corpora.files import write_lines
-from fairseq_vqem.corpora.reading import languages, read_text
+from fairseq_vqem.corpora.reading import check_direction, languages, read_text
 from fairseq_vqem.corpora.subwords import load_subwords
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.generation.api import checked_device, load_models
@@ -25,12 +26,14 @@ def posterior_batches(
     """Task, model in evaluation mode and each batch of ``split``, sources and targets.
 
     Raises:
-        UserError: the checkpoint is not a ``vqem_transformer``, or the device is not there.
+        UserError: the checkpoint is not a ``vqem_transformer`` of the data's direction, or the
+            device is not there.
     """
     place = checked_device(device)
     models, task = load_models(checkpoint, data, {})
     if not isinstance(task, TranslationVQEMTask):
         raise UserError(f"{checkpoint} has no latents: give the checkpoint of a vqem_transformer")
+    check_direction(checkpoint, task, data)
     model = models[0].eval().to(place)
     task.load_dataset(split)
     dataset = task.dataset(split)
@@ -39,6 +42,14 @@ def posterior_batches(
     ).next_epoch_itr(shuffle=False)
     for sample in iterator:
         yield task, model, sample if place.type == "cpu" else utils.move_to_cuda(sample, place)
+
+
+def posterior_codes(model: Any, sample: dict[str, Any]) -> Tensor:
+    """The autoencoder's codes ``[B, L]`` of a batch with targets, -1 at padding."""
+    lengths = sample["net_input"]["src_lengths"]
+    encoder_out = model.encoder(sample["net_input"]["src_tokens"], src_lengths=lengths)
+    codes: Tensor = model.posterior_codes(sample["target"], lengths, encoder_out)
+    return codes
 
 
 @torch.no_grad()

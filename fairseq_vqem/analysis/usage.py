@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from fairseq_vqem.analysis.posterior import posterior_batches
+from fairseq_vqem.analysis.posterior import posterior_batches, posterior_codes
 
 
 @torch.no_grad()
@@ -18,9 +18,7 @@ def code_counts(checkpoint: str, data: Path, split: str = "test", device: str = 
     """
     found = []
     for _, model, sample in posterior_batches(checkpoint, data, split, device):
-        lengths = sample["net_input"]["src_lengths"]
-        encoder_out = model.encoder(sample["net_input"]["src_tokens"], src_lengths=lengths)
-        codes = model.posterior_codes(sample["target"], lengths, encoder_out)
+        codes = posterior_codes(model, sample)
         found.append(codes[codes >= 0].cpu())
     counts = torch.cat(found).unique(return_counts=True)[1]
     return [int(count) for count in counts.sort(descending=True).values]

@@ -59,6 +59,7 @@ def silence_known_warnings() -> None:
     for message in (
         r"`torch\.cuda\.amp\.(autocast|GradScaler)\(args\.\.\.\)` is deprecated",
         "'pin_memory' argument is set as true but no accelerator is found",
+        "Support for mismatched key_padding_mask and attn_mask is deprecated",
         r"hydra\.experimental\.",
         r"\s*The version_base parameter is not specified",
         r"\s*The strict flag in the compose API is deprecated",

@@ -25,6 +25,20 @@ def languages(data: Path) -> tuple[str, str]:
     return manifest["source_lang"], manifest["target_lang"]
 
 
+def check_direction(checkpoint: str, task: Any, data: Path) -> None:
+    """Raise ``UserError`` unless the checkpoint's ``task`` translates in the direction of ``data``.
+
+    One dictionary for both languages fits both directions, so nothing else would notice.
+    """
+    of_model = task.cfg.source_lang, task.cfg.target_lang
+    of_data = languages(data)
+    if of_model != of_data:
+        raise UserError(
+            f"{checkpoint} translates {'-'.join(of_model)} and {data} is {'-'.join(of_data)}:"
+            " prepare the data in that direction"
+        )
+
+
 def read_tokens(data: Path, split: str, language: str) -> Sequence[Any]:
     """Return the token ids of one side of a split, a tensor of shape [length] per sentence.
 

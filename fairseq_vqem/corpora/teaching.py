@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fairseq_vqem.corpora.files import read_lines, write_lines
-from fairseq_vqem.corpora.reading import languages, read_tokens
+from fairseq_vqem.corpora.reading import check_direction, languages, read_tokens
 from fairseq_vqem.errors import UserError
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def _limit_threads(teaching: Teaching) -> None:
 def _load(teaching: Teaching) -> Translator:
     from fairseq_vqem.generation.api import Translator
 
-    return Translator.from_checkpoint(
+    translator = Translator.from_checkpoint(
         teaching.teacher,
         teaching.data,
         device=teaching.device,
@@ -176,3 +176,5 @@ def _load(teaching: Teaching) -> Translator:
         max_len_b=teaching.max_length,
         unkpen=UNKNOWN_PENALTY,
     )
+    check_direction(teaching.teacher, translator.task, teaching.data)
+    return translator

@@ -70,6 +70,12 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         default=0.0,
         help="of CTC: taken from the blank's log-probability",
     )
+    parser.add_argument(
+        "--rescore", choices=("none",), help="none: take the likeliest codes, without re-scoring"
+    )
+    parser.add_argument(
+        "--latent-temperature", type=float, help="0, where the checkpoint's own would sample codes"
+    )
     for flag, text in (
         ("--stop-at-pad-latent", "end at the EOS/PAD latent of Appendix C"),
         ("--remove-repeats", "collapse runs of one token"),
@@ -82,6 +88,7 @@ def _run(arguments: argparse.Namespace) -> int:
     decoding = (
         *("latent_beam", "latent_candidates", "latent_length_reward", "latent_end"),
         *("latent_max_ratio", "latent_max_offset", "stop_at_pad_latent", "remove_repeats"),
+        *("rescore", "latent_temperature"),
     )
     given = {name: getattr(arguments, name) for name in decoding}
     overrides = {name: value for name, value in given.items() if value is not None}
@@ -152,6 +159,8 @@ def export(
             " --latent-candidates"
         )
     elif teacher is not None:
+        if overrides.get("rescore"):
+            raise UserError("--rescore none contradicts --teacher: leave one of them out")
         overrides["rescore"] = "teacher"
     translator = Translator.from_checkpoint(models, data, task_overrides=overrides, **generation)
     check = partial(_checked_agreement, translator, weights=weights)
@@ -237,11 +246,11 @@ def _check_exportable(translator: Translator, generator: Any) -> None:
         )
     if generator.rescore == "latent":
         raise UserError(
-            "Re-scoring by the student itself (rescore latent) cannot be exported; choose none, or"
-            " give a --teacher."
+            "Re-scoring by the student itself (--rescore latent) cannot be exported: choose"
+            " --rescore none, or give a --teacher."
         )
     if generator.search.temperature:
-        raise UserError("Sampled codes cannot be exported; set the latent temperature to 0.")
+        raise UserError("Sampled codes cannot be exported: give --latent-temperature 0.")
     if student.latent_dictionary.digits > 1:
         raise UserError(
             "A student whose latent predictor writes one symbol per codebook (--code-stream"

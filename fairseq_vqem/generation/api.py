@@ -244,12 +244,19 @@ def _generation_config(options: Mapping[str, Any]) -> DictConfig:
             f"fairseq's generation has no option {', '.join(unknown)}; "
             "pass options of the task as task_overrides."
         )
+    if (beam := options.get("beam", 1)) is not None and isinstance(beam, int) and beam < 1:
+        raise UserError(f"beam is {beam}: it must be at least 1")
     try:
         return cast(
             DictConfig, OmegaConf.merge(OmegaConf.structured(GenerationConfig), dict(options))
         )
     except OmegaConfBaseException as error:
-        raise UserError(f"A generation option has a wrong value: {error.msg}.") from error
+        raise UserError(f"A generation option has a wrong value: {_in_a_line(error)}.") from error
+
+
+def _in_a_line(error: OmegaConfBaseException) -> str:
+    reason = str(error.msg).strip().splitlines()[0]
+    return f"{error.full_key}: {reason}" if error.full_key else reason
 
 
 def load_models(
@@ -312,7 +319,7 @@ def _set_up_task(config: DictConfig, data: Path, overrides: dict[str, Any]) -> F
     try:
         return tasks.setup_task(config, from_checkpoint=True)
     except OmegaConfBaseException as error:
-        raise UserError(f"A task option has a wrong value: {error.msg}.") from error
+        raise UserError(f"A task option has a wrong value: {_in_a_line(error)}.") from error
     except FileNotFoundError as error:
         raise UserError(
             f"{data} lacks {Path(str(error.filename or error)).name}; give a binarised data folder."
@@ -355,12 +362,22 @@ def _refuse_ignored(generator: Any, options: Mapping[str, Any]) -> None:
 
 
 def checked_device(name: str) -> torch.device:
+    """The device ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Raises:
+        UserError: it has another name, or is not there.
+    """
+    unknown = f"Unknown device {name!r}; choose cpu, cuda or cuda:N."
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UserError(f"Unknown device {name!r}; choose cpu, cuda or cuda:N.") from error
+        raise UserError(unknown) from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(unknown)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("There is no CUDA device; use --device cpu.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"There is no {name}; the last device is {torch.cuda.device_count() - 1}.")
     return device
 
 

@@ -82,6 +82,12 @@ def refuse_ignored_options(options: Any) -> None:
         raise UserError(f"parallel decoding does not read {flags}: leave it out")
 
 
+def refuse_passes(model: str, passes: int) -> None:
+    """Raise UserError for refinements by a ``model`` that decodes in one pass."""
+    if passes not in (0, GenerationConfig().iter_decode_max_iter):
+        raise UserError(f"{model} decodes in one pass: drop --iter-decode-max-iter {passes}")
+
+
 def refuse_forced_words(prefix_tokens: Tensor | None, constraints: Tensor | None) -> None:
     """Raise UserError if words are prescribed, which only left-to-right decoding can obey."""
     if prefix_tokens is not None or constraints is not None:

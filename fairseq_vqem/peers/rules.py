@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from fairseq.criterions.nat_loss import LabelSmoothedDualImitationCriterion
-from fairseq.dataclass.configs import GenerationConfig
 from fairseq.models.nat import (
     CMLMNATransformerModel,
     IterNATransformerModel,
@@ -19,7 +18,7 @@ from fairseq.models.nat import (
 )
 
 from fairseq_vqem.errors import UserError
-from fairseq_vqem.generation.parts import is_autoregressive
+from fairseq_vqem.generation.parts import is_autoregressive, refuse_passes
 from fairseq_vqem.peers.ctc_nat import CTCNAT
 from fairseq_vqem.peers.fertility_nat import FertilityNAT
 from fairseq_vqem.peers.losses import CTCNATLoss, FertilityNATLoss
@@ -108,12 +107,15 @@ def check_training(model: Any, task_cfg: Any) -> None:
 
 def check_source_copy(model: Any, task_cfg: Any) -> None:
     """fairseq copies source embeddings from the first column on, which left padding fills."""
-    copies = getattr(getattr(model, "decoder", None), "src_embedding_copy", False)
-    if copies and task_cfg.left_pad_source:
+    if _copies_source(model) and task_cfg.left_pad_source:
         raise UserError(
             "--src-embedding-copy copies padding where sources are padded on the left: add"
             " --left-pad-source (fairseq's switch that turns left padding off)"
         )
+
+
+def _copies_source(model: Any) -> bool:
+    return bool(getattr(getattr(model, "decoder", None), "src_embedding_copy", False))
 
 
 def check_criterion(model: Any, criterion: Any) -> None:
@@ -141,8 +143,8 @@ def check_generation(models: Sequence[Any], args: Any) -> None:
             "--path mixes kinds of models: give one parallel model, and a teacher last with"
             " --iter-decode-with-external-reranker"
         )
-    if len(students) > 1 and not hasattr(models[0], "enable_ensemble"):
-        raise UserError(f"{rules.name} does not decode as an ensemble: give one checkpoint")
+    if len(students) > 1:
+        _check_ensemble(models[0], rules.name)
     if beam < 1:
         raise UserError(f"--iter-decode-with-beam {beam} is impossible: give 1 or more")
     if beam > 1 and not (rules.prefix_beam or models[0].allow_length_beam):
@@ -156,16 +158,25 @@ def check_generation(models: Sequence[Any], args: Any) -> None:
             f"--iter-decode-eos-penalty {penalty} is taken from {' or '.join(known)}:"
             f" {rules.name} has neither, so leave it out"
         )
-    _check_passes(rules, getattr(args, "iter_decode_max_iter", 0))
+    passes = getattr(args, "iter_decode_max_iter", 0)
+    if rules.one_pass:
+        refuse_passes(rules.name, passes)
+    if passes < 0:
+        raise UserError(f"--iter-decode-max-iter is {passes}: it must be at least 0, for one pass")
+
+
+def _check_ensemble(model: Any, name: str) -> None:
+    """fairseq loses its way in Levenshtein ensembles, and in stacked copies of the source."""
+    levenshtein = isinstance(model, LevenshteinTransformerModel)
+    if levenshtein or not hasattr(model, "enable_ensemble"):
+        raise UserError(f"{name} does not decode as an ensemble: give one checkpoint")
+    if _copies_source(model):
+        raise UserError(
+            "a model with --src-embedding-copy does not decode as an ensemble: give one checkpoint"
+        )
 
 
 _TEACHER_LAST = (
     "--iter-decode-with-external-reranker needs the autoregressive teacher's checkpoint last in"
     " --path: --path student.pt:teacher.pt"
 )
-
-
-def _check_passes(rules: Rules, passes: int) -> None:
-    default = GenerationConfig.__dataclass_fields__["iter_decode_max_iter"].default
-    if rules.one_pass and passes not in (0, default):
-        raise UserError(f"{rules.name} decodes in one pass: drop --iter-decode-max-iter {passes}")

@@ -23,7 +23,7 @@ from fairseq_vqem.corpora.subwords import post_process_of
 from fairseq_vqem.criterions.vqem_loss import VQEMLoss
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.generation.latent_generator import RESCORES, LatentGenerator, read_words
-from fairseq_vqem.generation.parts import refuse_ignored_options
+from fairseq_vqem.generation.parts import refuse_ignored_options, refuse_passes
 from fairseq_vqem.generation.records import LatentSearchOptions
 from fairseq_vqem.models.config import option
 from fairseq_vqem.models.vqem_transformer import VQEMTransformer
@@ -149,6 +149,7 @@ class TranslationVQEMTask(LearnsCodebook, TranslationTask):
                 " student.pt:teacher.pt) with --rescore teacher"
             )
         refuse_ignored_options(args)
+        refuse_passes("vqem_transformer", getattr(args, "iter_decode_max_iter", 0))
         if getattr(args, "retain_dropout", False):
             raise UserError("latents are searched without dropout: leave out --retain-dropout")
         rescore = str(self.cfg.rescore)

@@ -105,6 +105,8 @@ def test_the_one_file_is_enough(workshop: Workshop, artefact: Path, tmp_path: Pa
     assert outcome.output.split("\n")[:-1] == StandaloneTranslator(artefact, 1).translate(lines)
     unfinished = standalone(program, *words, stdin=text.rstrip("\n"), missing=PLUGIN)
     assert unfinished.output == outcome.output
+    marked = standalone(program, *words, stdin=f"\ufeff{text}", missing=PLUGIN)
+    assert marked.output == outcome.output  # a byte order mark is no part of the first word
     assert standalone(program, *words, stdin="", missing=PLUGIN).output == ""
     for package in ("numpy", "onnxruntime", "sentencepiece"):
         failed = standalone(program, *words, stdin=text, missing=(*PLUGIN, package))

@@ -161,7 +161,9 @@ def test_options_reach_generator_and_task(folder: Path) -> None:
     ("options", "message"),
     [
         ({"beem": 4}, "no option beem"),
-        ({"beam": "many"}, "wrong value"),
+        ({"beam": "many"}, "wrong value: beam: Value 'many' [^\n]* Integer.$"),
+        ({"beam": 0}, "beam is 0"),
+        ({"device": "mps"}, "Unknown device 'mps'"),
         ({"task_overrides": {"latent_beam": 4}}, "option latent_beam"),
         ({"dtype": "float8"}, "Unknown dtype 'float8'"),
         ({"device": "abacus"}, "Unknown device"),
@@ -216,6 +218,8 @@ def test_options_that_latents_do_not_read_are_refused(tmp_path: Path) -> None:
 
     data = make_data(tmp_path)
     student = make_student(data, tmp_path / "student.pt")
+    with pytest.raises(UserError, match="drop --iter-decode-max-iter 4"):
+        Translator.from_checkpoint(student, data, iter_decode_max_iter=4)
     for unread in ({"beam": 4}, {"max_len_b": 3}, {"sampling": True, "temperature": 2.0}):
         first = min(unread).replace("_", ".")
         with pytest.raises(UserError, match=f"does not read (--)?{first}"):

@@ -377,4 +377,9 @@ def test_mistakes_are_user_errors(folder: Path, tmp_path: Path) -> None:
         run(folder, *words, "--permutations", "19")
     with pytest.raises(UserError, match="does not exist"):
         run(folder, "--checkpoint", "none.pt", "--out", str(tmp_path))
+    state = torch.load(folder / "student.pt", weights_only=False)
+    state["cfg"]["task"] |= {"source_lang": "de", "target_lang": "en"}
+    torch.save(state, folder / "reverse.pt")
+    with pytest.raises(UserError, match=r"reverse\.pt translates de-en and .* is en-de"):
+        run(folder, "--checkpoint", str(folder / "reverse.pt"), "--out", str(tmp_path))
     assert not list(tmp_path.iterdir())

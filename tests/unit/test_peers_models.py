@@ -6,6 +6,7 @@ import itertools
 from argparse import Namespace
 
 import pytest
+import torch
 from fairseq.models import ARCH_MODEL_REGISTRY
 from peer_helpers import (
     BOS,
@@ -54,6 +55,17 @@ def test_batches_and_padding_never_change_a_hypothesis(kind: str, beam: int) -> 
     assert decode([model], batch(SOURCES, padding=3), **options) == together
     assert decode([model], batch(SOURCES[::-1]), **options) == together[::-1]
     assert [decode([model], batch([source]), **options)[0] for source in SOURCES] == together
+
+
+@pytest.mark.parametrize("kind", FAIRSEQ[:2])
+def test_ensembles_never_change_a_hypothesis_with_the_batch(kind: str) -> None:
+    alone = decode([make_model(kind)], batch(SOURCES))
+    models = [make_model(kind), make_model(kind)]
+    for parameter in models[1].parameters():
+        parameter.data.add_(0.3 * torch.randn_like(parameter))
+    together = decode(models, batch(SOURCES))
+    assert together != alone
+    assert [decode(models, batch([source]))[0] for source in SOURCES] == together
 
 
 @pytest.mark.parametrize("kind", [*PEERS, *FAIRSEQ])

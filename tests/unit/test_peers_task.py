@@ -125,6 +125,7 @@ def test_wrong_task_is_named() -> None:
         (["nonautoregressive_transformer"], {"iter_decode_max_iter": 4}, "one pass"),
         (["fertility_nat", "teacher"], {}, "mixes kinds"),
         (["fertility_nat", "fertility_nat"], {}, "ensemble"),
+        (["levenshtein_transformer"] * 2, {}, "ensemble"),
         (["fertility_nat"], {"iter_decode_with_external_reranker": True}, "last in --path"),
         (
             ["fertility_nat", "fertility_nat"],
@@ -143,6 +144,7 @@ def test_wrong_task_is_named() -> None:
         ),
         (["cmlm_transformer"], {"iter_decode_eos_penalty": 1.0}, "cmlm_transformer has neither"),
         (["fertility_nat"], {"iter_decode_eos_penalty": 1.0}, "fertility_nat has neither"),
+        (["cmlm_transformer"], {"iter_decode_max_iter": -1}, "at least 0"),
     ],
 )
 def test_generation_refuses(kinds: list[str], options: dict[str, Any], message: str) -> None:
@@ -150,6 +152,13 @@ def test_generation_refuses(kinds: list[str], options: dict[str, Any], message: 
     models = [make_teacher(task) if kind == "teacher" else make_model(kind) for kind in kinds]
     with pytest.raises(UserError, match=message):
         check_generation(models, Namespace(**options))
+
+
+def test_ensembles_copy_no_sources() -> None:
+    model = make_model("nonautoregressive_transformer", src_embedding_copy=True)
+    check_generation([model], Namespace())
+    with pytest.raises(UserError, match="give one checkpoint"):
+        check_generation([model, model], Namespace())
 
 
 def test_fairseqs_default_number_of_passes_is_no_error() -> None:

@@ -22,7 +22,8 @@ def main(words: Sequence[str] | None = None) -> int:
         translator = StandaloneTranslator(
             arguments.model, arguments.threads, latent_beam=arguments.latent_beam
         )
-        lines = sys.stdin.buffer.read().decode("utf-8").split("\n")
+        # a byte order mark is no part of the first word
+        lines = sys.stdin.buffer.read().decode("utf-8-sig").split("\n")
         lines = lines if lines[-1] else lines[:-1]  # the last line end ends a line
         output = "".join(f"{line}\n" for line in translator.translate(lines))
     except UnicodeDecodeError:
