@@ -27,7 +27,8 @@ from fairseq_vqem.benchmark.contenders import (
     Sizes,
     make_contenders,
 )
-from fairseq_vqem.benchmark.engines import engine_versions, translate_batches
+from fairseq_vqem.benchmark.engine_kinds import engine_versions
+from fairseq_vqem.benchmark.engines import translate_batches
 from fairseq_vqem.benchmark.latency import choose_places
 from fairseq_vqem.benchmark.processes import Processes
 from fairseq_vqem.benchmark.random_models import widen_vocabulary
@@ -186,8 +187,8 @@ class Contest:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.processes.__exit__()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.processes.__exit__(kind)
 
     def ask(self, method: str, *args: Any) -> dict[str, Any]:
         """What every contender's method returns, by name."""
@@ -262,8 +263,9 @@ def _run(arguments: argparse.Namespace) -> int:
         data = widen_vocabulary(arguments.data, arguments.vocabulary, Path(folder) / "data")
         make = partial(make_contenders, sizes, data, Path(folder), arguments.seed)
         builders = make()
+        cuts = {length: cut_to_length(arguments.data, length, 10) for length in arguments.lengths}
         with Contest(builders, workload, thread_counts(threads), arguments.seed) as contest:
-            timings = _time_sentences(arguments, contest, workload)
+            timings = _time_sentences(arguments, contest, workload, cuts)
         if arguments.batch_sizes:
             _announce("batches")
         for workers in sorted({1, threads}) if arguments.batch_sizes else ():
@@ -286,17 +288,23 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
     for name in ("sentences", "repeats", "threads", "latent_layers", "batch_sizes", "lengths"):
         if any(value < 1 for value in given.get(name, ())):
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+    if arguments.seed < 0:
+        raise UserError("--seed must be at least 0")
 
 
-def _time_sentences(arguments: argparse.Namespace, contest: Contest, workload: Workload) -> Timings:
+def _time_sentences(
+    arguments: argparse.Namespace,
+    contest: Contest,
+    workload: Workload,
+    cuts: Mapping[int, Workload],
+) -> Timings:
     _announce(f"{len(contest.names)} systems, {len(workload.lengths)} sentences one by one")
     repeats = arguments.repeats
     seconds = contest.time_workload(len(workload.lengths), repeats, arguments.burn_in)
     profiles = {name: parts for name, parts in contest.ask("parts").items() if parts}
     _announce("sentences cut to size")
     by_length = {}
-    for length in arguments.lengths:
-        cut = cut_to_length(arguments.data, length, 10)
+    for length, cut in cuts.items():
         contest.ask("take", cut)
         by_length[length] = contest.time_workload(len(cut.lengths), repeats, 1)
     return Timings(contest.ask("facts"), seconds, {}, by_length, profiles)

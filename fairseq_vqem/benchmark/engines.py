@@ -2,58 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
+from fairseq_vqem.benchmark.engine_kinds import check_engine, checked_compute_type, positive
 from fairseq_vqem.corpora.subwords import load_subwords
-from fairseq_vqem.errors import UserError, need_packages
-
-
-@dataclass(frozen=True)
-class EngineKind:
-    """What is known of an engine before it is loaded."""
-
-    packages: tuple[str, ...] = ()
-    """What must be installed."""
-    options: tuple[str, ...] = ()
-    """Its own; fairseq's has all of fairseq's generation."""
-    reads_task: bool = True
-    """Whether it has the decoding options of fairseq's task too."""
-    tasks: tuple[str, ...] | None = None
-    """fairseq's tasks whose models it takes; None: all."""
-    architectures: tuple[str, ...] = ("",)
-    """How the names of their architectures begin."""
-    alone: bool = False
-    """Whether each of its models needs a process of its own, for their threads disturb others."""
-
-
-ENGINES: dict[str, EngineKind] = {
-    "fairseq": EngineKind(),
-    "ctranslate2": EngineKind(
-        packages=("ctranslate2",),
-        options=("beam", "lenpen", "max_len_a", "max_len_b", "compute_type", "workers"),
-        reads_task=False,
-        tasks=("translation",),
-        alone=True,
-    ),
-    "exported": EngineKind(
-        packages=("onnx", "onnxruntime"),
-        options=(
-            *("weights", "workers", "iter_decode_eos_penalty"),
-            *("iter_decode_with_beam", "iter_decode_with_external_reranker"),
-        ),
-        tasks=("translation_vqem", "translation_nat"),
-        architectures=("vqem_transformer", "ctc_nat"),
-    ),
-}
-"""By the name that a recipe gives; `check_engine` and `load_engine` know the rest."""
-COMPUTE_TYPES = ("float32", "int8", "int16", "bfloat16", "float16", "int8_float32")
+from fairseq_vqem.errors import UserError
 
 
 class Engine(Protocol):
@@ -146,18 +103,21 @@ class CTranslate2Engine:
         import ctranslate2
         import torch
 
+        from fairseq_vqem.generation.api import load_models
+
         known = dict(options)
-        compute_type = known.pop("compute_type", "float32")
+        compute_type = checked_compute_type(known.pop("compute_type", "float32"))
         self.workers = positive(known, "workers", 1)
         self.beam = positive(known, "beam", 5)
         self.length_penalty = float(known.pop("lenpen", 1.0))
         self.max_length = float(known.pop("max_len_a", 0)), int(known.pop("max_len_b", 200))
         if known:
             raise UserError(f"the engine ctranslate2 has no option {', '.join(sorted(known))}")
-        if compute_type not in COMPUTE_TYPES:
-            raise UserError(f"compute_type is {compute_type!r}: choose from {COMPUTE_TYPES}")
         self.subwords = load_subwords(data)
-        self.parameters, self.longest = _parameters_and_longest(checkpoint)
+        (model,), _ = load_models(checkpoint, data, {})
+        # not of the file, where parameters that are one may stand twice
+        self.parameters = sum(weight.numel() for weight in model.parameters())
+        self.longest = int(model.encoder.max_source_positions)
         with tempfile.TemporaryDirectory() as folder:
             converted = str(Path(folder) / "model")
             _convert(ctranslate2, checkpoint, data, converted)
@@ -201,85 +161,6 @@ class CTranslate2Engine:
 
     def text(self, output: Any) -> str:
         return self.subwords.decode(" ".join(output))
-
-
-def positive(options: dict[str, Any], name: str, default: int) -> int:
-    """Take ``name`` out of an engine's options; UserError unless it is a number above 0."""
-    value = options.pop(name, default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"the engine's option {name} is {value!r}: it must be at least 1")
-    return value
-
-
-def engine_versions(systems: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    """Package to version of what the engines of ``systems`` need beside torch and fairseq.
-
-    Args:
-        systems: options of each, as `load_engine` takes them.
-    """
-    names = sorted({str(options.get("engine", "fairseq")) for options in systems})
-    return {package: _version(package) for name in names for package in ENGINES[name].packages}
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:  # another distribution's, such as onnxruntime-gpu
-        return str(getattr(importlib.import_module(package), "__version__", "unknown"))
-
-
-def engine_kind(name: str) -> EngineKind:
-    """What is known of the engine ``name``; UserError where there is none."""
-    if name not in ENGINES:
-        raise UserError(f"there is no engine {name!r}: choose from {', '.join(ENGINES)}")
-    return ENGINES[name]
-
-
-def check_engine(name: str, device: str, weights: str = "float32") -> None:
-    """Raise UserError if there is no such engine, or it is not installed, or not fit.
-
-    Args:
-        device: where it is to run.
-        weights: of an exported student; ``int8`` needs a processor that multiplies exactly.
-    """
-    kind = engine_kind(name)
-    if name == "exported" and device != "cpu":
-        raise UserError("the engine exported runs on the CPU only: leave such rows out")
-    need_packages(f"the engine {name}", *kind.packages)
-    if name == "ctranslate2" and device != "cpu":
-        import ctranslate2
-
-        if not ctranslate2.get_cuda_device_count():
-            raise UserError("CTranslate2 finds no GPU: leave such rows out, or use --device cpu")
-    if name == "exported":
-        from fairseq_vqem.export.artefact import need_integer_products
-        from fairseq_vqem.export.command import WEIGHTS
-
-        if weights not in WEIGHTS:
-            raise UserError(f"weights are {weights!r}: choose {' or '.join(WEIGHTS)}")
-        if weights == "int8":
-            need_integer_products()
-
-
-def unknown_options(options: Mapping[str, Any], task: str) -> list[str]:
-    """Names among an engine's ``options`` that it would not read.
-
-    Args:
-        options: as `load_engine` takes them, of an engine that there is.
-        task: fairseq's, of the model that is decoded.
-    """
-    from fairseq.tasks import TASK_DATACLASS_REGISTRY
-
-    from fairseq_vqem.generation.api import GENERATION_OPTIONS
-
-    engine = options.get("engine", "fairseq")
-    kind = engine_kind(engine)
-    known = {"engine", *kind.options}
-    if kind.reads_task:
-        known |= set(TASK_DATACLASS_REGISTRY[task].__dataclass_fields__)
-    if engine == "fairseq":
-        known |= GENERATION_OPTIONS
-    return sorted(set(options) - known)
 
 
 def load_engine(
@@ -367,14 +248,3 @@ def _convert(ctranslate2: Any, checkpoint: str, data: Path, folder: str) -> None
         raise UserError(
             f"CTranslate2 cannot convert {checkpoint} ({error}): give one AR Transformer"
         ) from error
-
-
-def _parameters_and_longest(checkpoint: str) -> tuple[int, int]:
-    from fairseq import checkpoint_utils
-
-    state = checkpoint_utils.load_checkpoint_to_cpu(checkpoint)
-    model = state["model"]
-    unique = {
-        value.data_ptr(): value.numel() for value in model.values() if value.is_floating_point()
-    }
-    return sum(unique.values()), int(state["cfg"]["model"].max_source_positions)

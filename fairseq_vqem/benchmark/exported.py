@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fairseq_vqem.benchmark.engines import positive
+from fairseq_vqem.benchmark.engine_kinds import positive
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.export.command import export
 from fairseq_vqem.export.standalone import StandaloneError, StandaloneTranslator

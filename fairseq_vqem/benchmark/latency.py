@@ -14,7 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fairseq_vqem.benchmark.engines import Engine, engine_versions, load_engine
+from fairseq_vqem.benchmark.engine_kinds import engine_versions
+from fairseq_vqem.benchmark.engines import Engine, load_engine
 from fairseq_vqem.benchmark.processes import Processes
 from fairseq_vqem.benchmark.signature import make_signature
 from fairseq_vqem.benchmark.tables import (
@@ -229,9 +230,11 @@ def _check_arguments(arguments: argparse.Namespace, systems: Mapping[str, object
             f"The baseline {arguments.baseline!r} is none of the systems {', '.join(systems)}."
         )
     threads = arguments.threads if arguments.threads is not None else 1
-    if min(arguments.sentences, arguments.repeats, threads) < 1 or arguments.burn_in < 0:
+    counts = arguments.sentences, arguments.repeats, threads
+    if min(counts) < 1 or min(arguments.burn_in, arguments.seed) < 0:
         raise UserError(
-            "--sentences, --repeats and --threads must be at least 1, --burn-in at least 0."
+            "--sentences, --repeats and --threads must be at least 1, --burn-in and --seed at"
+            " least 0."
         )
 
 

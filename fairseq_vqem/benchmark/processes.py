@@ -9,6 +9,8 @@ times.
 from __future__ import annotations
 
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -31,12 +33,17 @@ class Processes:
         self._groups, self._seed = dict(groups), seed
         self._pools: dict[str, ProcessPoolExecutor] = {}
 
+        self._others = set(multiprocessing.active_children())
+
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:  # or they would first finish what they do, which can take minutes
+            for process in set(multiprocessing.active_children()) - self._others:
+                process.terminate()
         for pool in self._pools.values():
-            pool.shutdown()
+            pool.shutdown(cancel_futures=True)
 
     def call(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
         """``function(*args)`` in the process of ``name``; all of it must be picklable.
@@ -48,7 +55,7 @@ class Processes:
         if group not in self._pools:
             # not forked: a fork would inherit the parent's threads as dead ones
             self._pools[group] = ProcessPoolExecutor(
-                1, multiprocessing.get_context("spawn"), _seed, (self._seed,)
+                1, multiprocessing.get_context("spawn"), _begin, (self._seed,)
             )
         try:
             return self._pools[group].submit(function, *args).result()
@@ -66,10 +73,19 @@ class Processes:
         return self.call(name, _ask, name, method, args)
 
 
-def _seed(seed: int) -> None:
+def _begin(seed: int) -> None:
     import torch
 
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.manual_seed(seed)
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed cannot end its processes, and they would disturb later timings."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _hold(name: str, build: Callable[[], Any]) -> None:

@@ -21,6 +21,7 @@ from fairseq_vqem.errors import UserError
 
 SEED = 12345
 BOOTSTRAP_SAMPLES = 1000
+THREE_LETTERS = {"zho": "zh", "cmn": "zh", "jpn": "ja", "kor": "ko"}  # what sacreBLEU knows by two
 SEED_VARIABLE = "SACREBLEU_SEED"
 
 
@@ -80,6 +81,7 @@ def bleu_for(language: str = "", references: Sequence[str] | None = None) -> BLE
     """
     cached = None if references is None else [references]
     code = re.split("[-_]", language)[0]
+    code = THREE_LETTERS.get(code, code)
     try:
         return BLEU(trg_lang=code, references=cached)
     except RuntimeError as error:

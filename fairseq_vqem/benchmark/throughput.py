@@ -8,12 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fairseq_vqem.benchmark.engines import (
-    Engine,
-    length_batches,
-    synchroniser,
-    translate_batches,
-)
+from fairseq_vqem.benchmark.engines import Engine, length_batches, synchroniser, translate_batches
 from fairseq_vqem.benchmark.timing import Seconds
 
 

@@ -10,7 +10,8 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from fairseq_vqem.benchmark.engines import Engine, engine_kind, synchroniser
+from fairseq_vqem.benchmark.engine_kinds import engine_kind
+from fairseq_vqem.benchmark.engines import Engine, synchroniser
 from fairseq_vqem.benchmark.processes import Processes
 from fairseq_vqem.benchmark.throughput import time_batches
 from fairseq_vqem.benchmark.timing import Seconds, measure, stopwatch

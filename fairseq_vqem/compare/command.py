@@ -17,6 +17,7 @@ from fairseq_vqem.compare.settings import Settings, read_settings
 from fairseq_vqem.corpora.files import read_lines, replacing, write_columns
 from fairseq_vqem.corpora.reading import languages
 from fairseq_vqem.pipeline import stages
+from fairseq_vqem.pipeline.checks import check
 from fairseq_vqem.pipeline.command import add_arguments, read_run, train_all
 from fairseq_vqem.pipeline.report import HYPOTHESES
 
@@ -34,7 +35,7 @@ def _run(arguments: argparse.Namespace) -> int:
     started = time.monotonic()
     run = read_run(arguments)
     settings = read_settings(run.recipe, stages.systems(run))
-    stages.check(run)
+    check(run)
     stages.prepare(run)
     check_no_leak(run.out / "corpus" / "raw", languages(run.data)[0])
     train_all(run)

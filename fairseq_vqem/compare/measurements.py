@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-from fairseq_vqem.benchmark.engines import engine_versions, load_engine, translate_all
+from fairseq_vqem.benchmark.engine_kinds import engine_versions
+from fairseq_vqem.benchmark.engines import load_engine, translate_all
 from fairseq_vqem.benchmark.latency import choose_evenly, choose_places, source_lengths
 from fairseq_vqem.benchmark.processes import Processes
 from fairseq_vqem.benchmark.signature import device_name, make_signature

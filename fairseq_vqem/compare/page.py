@@ -92,6 +92,7 @@ def _svg(draw: Callable[[Any], None]) -> str:
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False  # names may have dollars
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(10, 5.5))

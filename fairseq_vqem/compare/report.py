@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fairseq_vqem.analysis.usage import code_counts
-from fairseq_vqem.benchmark.engines import engine_versions
+from fairseq_vqem.benchmark.engine_kinds import engine_versions
 from fairseq_vqem.benchmark.scoring import (
     BOOTSTRAP_SAMPLES,
     PairedScore,
@@ -24,7 +24,6 @@ from fairseq_vqem.benchmark.throughput import Throughput, summarise_throughput
 from fairseq_vqem.benchmark.timing import medians_by_length, speedup
 from fairseq_vqem.compare.settings import Settings
 from fairseq_vqem.corpora.reading import languages
-from fairseq_vqem.errors import UserError
 from fairseq_vqem.pipeline.report import training_summary
 from fairseq_vqem.pipeline.stages import TEACHER, VQEM_TASK, Run, System
 
@@ -210,17 +209,9 @@ def students_with_latents(systems: Mapping[str, System]) -> list[str]:
 
 
 def comet_scores(checkpoint: str, findings: Findings) -> dict[str, float]:
-    """COMET of every system, in percent.
+    """COMET of every system, in percent; see `check_comet`."""
+    from comet import load_from_checkpoint
 
-    Raises:
-        UserError: the package or the checkpoint is not there.
-    """
-    try:
-        from comet import load_from_checkpoint
-    except ImportError as error:
-        raise UserError("compare's option comet needs: pip install unbabel-comet") from error
-    if not Path(checkpoint).is_file():
-        raise UserError(f"there is no COMET checkpoint {checkpoint}: leave the option comet out")
     model = load_from_checkpoint(checkpoint)
     scores = {}
     for name, lines in findings.hypotheses.items():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from fairseq_vqem.errors import UserError
@@ -61,8 +63,11 @@ def read_settings(recipe: Recipe, systems: Collection[str]) -> Settings:
     settings = Settings(
         **{name: value for name, value in recipe.compare.items() if value is not None}
     )
-    if not _are_names(settings.summary):
-        raise UserError("the compare option summary is a list of systems, each of them once")
+    for option in ("summary", "baselines", "sampled"):
+        if not _are_names(getattr(settings, option)):
+            raise UserError(f"the compare option {option} is a list of systems, each of them once")
+    if not isinstance(settings.reference, str):
+        raise UserError(f"the compare option reference is {settings.reference}, not a system")
     if not _are_pairs(settings.pairs):
         raise UserError("the compare option pairs is a list of pairs: [[system, other], …]")
     if not _are_groups(settings.groups):
@@ -86,6 +91,8 @@ def read_settings(recipe: Recipe, systems: Collection[str]) -> Settings:
         value = getattr(settings, name)
         if not is_count(value, 1):
             raise UserError(f"the compare option {name} is {value}: it must be at least 1")
+    if settings.comet:
+        check_comet(settings.comet)
     taken = {KEPT, *FOLDERS, TEACHER, *recipe.students}
     if not re.fullmatch(r"[\w.+-]+", recipe.name) or recipe.name in taken:
         raise UserError(
@@ -93,6 +100,14 @@ def read_settings(recipe: Recipe, systems: Collection[str]) -> Settings:
             f" digits, dots and hyphens, and none of {', '.join(sorted(taken))}"
         )
     return settings
+
+
+def check_comet(checkpoint: str) -> None:
+    """Raise ``UserError`` where COMET's package or the ``checkpoint`` is not there."""
+    if importlib.util.find_spec("comet") is None:
+        raise UserError("the compare option comet needs: pip install unbabel-comet")
+    if not Path(checkpoint).is_file():
+        raise UserError(f"there is no COMET checkpoint {checkpoint}: leave the option comet out")
 
 
 def _are_groups(value: Any) -> bool:

@@ -158,9 +158,20 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def check_numbers(teaching: Teaching) -> None:
+    """Raise ``UserError`` for options that no teacher could translate with."""
+    counts = teaching.shards, teaching.workers, teaching.beam, teaching.max_length
+    if min(*counts, teaching.max_tokens) < 1:
+        raise UserError(
+            "--shards, --workers, --beam, --max-length and --max-tokens must be at least 1."
+        )
+    from fairseq_vqem.generation.api import checked_dtype
+
+    checked_dtype(teaching.dtype)
+
+
 def _check(teaching: Teaching) -> None:
-    if min(teaching.shards, teaching.workers, teaching.beam, teaching.max_length) < 1:
-        raise UserError("--shards, --workers, --beam and --max-length must be at least 1.")
+    check_numbers(teaching)
     if teaching.out.resolve() == teaching.data.resolve():
         raise UserError("--out must not be --data, or the original targets would be lost.")
     for path in teaching.teacher.split(":"):

@@ -159,7 +159,7 @@ def export(
             " --latent-candidates"
         )
     elif teacher is not None:
-        if overrides.get("rescore"):
+        if overrides.get("rescore", "teacher") != "teacher":
             raise UserError("--rescore none contradicts --teacher: leave one of them out")
         overrides["rescore"] = "teacher"
     translator = Translator.from_checkpoint(models, data, task_overrides=overrides, **generation)

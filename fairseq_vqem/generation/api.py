@@ -26,6 +26,7 @@ from torch import Tensor
 from fairseq_vqem.corpora.subwords import SubwordModel, load_subwords
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.generation.latent_generator import GENERATION_OPTIONS_READ, LatentGenerator
+from fairseq_vqem.generation.parts import PARALLEL_TASKS
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 GENERATION_OPTIONS = frozenset(field.name for field in fields(GenerationConfig))
@@ -58,7 +59,7 @@ class Translator:
         self.dtype = dtype
         self.max_tokens = max_tokens
         for model in self.models:
-            model.to(device=self.device, dtype=_checked_dtype(dtype)).eval()
+            model.to(device=self.device, dtype=checked_dtype(dtype)).eval()
             model.prepare_for_inference_(OmegaConf.create({"generation": generation}))
         self.generator = task.build_generator(self.models, generation)
         stripped = getattr(self.generator, "symbols_to_strip_from_output", None) or set()
@@ -104,7 +105,9 @@ class Translator:
             dtype=dtype,
             max_tokens=max_tokens,
         )
-        _refuse_ignored(translator.generator, generation)
+        generator = translator.generator
+        parallel = isinstance(generator, IterativeRefinementGenerator)
+        _refuse_ignored(parallel, isinstance(generator, LatentGenerator), generation)
         return translator
 
     @property
@@ -335,10 +338,29 @@ def _max_source_tokens(task: FairseqTask, models: Sequence[Any]) -> int:
     return longest - int(isinstance(task, TranslationLevenshteinTask))
 
 
-def _refuse_ignored(generator: Any, options: Mapping[str, Any]) -> None:
-    """Raise UserError for options of fairseq's search that ``generator`` would not read."""
-    parallel = isinstance(generator, IterativeRefinementGenerator)
-    latents = isinstance(generator, LatentGenerator)
+def checked_options(
+    generation: Mapping[str, Any], task_options: Mapping[str, Any], task: str
+) -> None:
+    """Check options as far as that can be done without a model of ``task``.
+
+    Raises:
+        UserError: one has a wrong type or is none of the choices, or would not be read.
+    """
+    _generation_config(generation)
+    _refuse_ignored(task in PARALLEL_TASKS, task == "translation_vqem", generation)
+    from fairseq_vqem.tasks.translation_vqem import check_search
+
+    defaults = OmegaConf.structured(TASK_DATACLASS_REGISTRY[task])
+    try:
+        cfg = OmegaConf.merge(defaults, dict(task_options))
+    except OmegaConfBaseException as error:
+        raise UserError(f"A task option has a wrong value: {_in_a_line(error)}.") from error
+    if task == "translation_vqem":
+        check_search(cfg, int(generation.get("iter_decode_with_beam", 1)))
+
+
+def _refuse_ignored(parallel: bool, latents: bool, options: Mapping[str, Any]) -> None:
+    """Raise UserError for options of fairseq's search that such a generator would not read."""
     defaults = GenerationConfig()
 
     def is_read(name: str) -> bool:
@@ -381,7 +403,7 @@ def checked_device(name: str) -> torch.device:
     return device
 
 
-def _checked_dtype(name: str) -> torch.dtype:
+def checked_dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise UserError(f"Unknown dtype {name!r}; choose one of {', '.join(DTYPES)}.")
     return DTYPES[name]

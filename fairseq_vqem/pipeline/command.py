@@ -10,6 +10,7 @@ import torch
 
 from fairseq_vqem.benchmark.signature import code_checksum
 from fairseq_vqem.pipeline import stages
+from fairseq_vqem.pipeline.checks import check
 from fairseq_vqem.pipeline.recipe import read_recipe
 from fairseq_vqem.pipeline.report import write_report
 
@@ -48,7 +49,7 @@ def train_all(run: stages.Run) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     started = time.monotonic()
     run = read_run(arguments)
-    stages.check(run)
+    check(run)
     threads = int(run.recipe.latency.get("threads") or torch.get_num_threads())
     torch.set_num_threads(threads)  # which the signature states
     stages.prepare(run)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fairseq_vqem.benchmark.engines import engine_versions
+from fairseq_vqem.benchmark.engine_kinds import engine_versions
 from fairseq_vqem.benchmark.signature import code_checksum, library_versions
 from fairseq_vqem.corpora.files import file_sha256, plain, read_json, write_json
 

@@ -14,13 +14,16 @@ from fairseq_vqem.errors import UserError
 
 Options = dict[str, Any]
 EXTENDS, SCALE = "extends", "{scale}"
+CPU = "cpu"  # the scale where none is chosen
 START = "from_student"
 STAGE = ("task", "max_update", "distilled", "from_teacher", START, "generate")  # read by the stages
 LANGUAGES = ("lang", "source_lang", "target_lang")  # of prepare
 LATENCY = {"sentences": 1, "repeats": 1, "burn_in": 0, "threads": 1}  # and the least of each
 VQEM_TASK = "translation_vqem"
+TEACHER = "teacher"  # its folder
 RESERVED = ("source", "reference")  # columns of the translations beside the systems
 TEACHER_BEAM_SIZE = 4  # the row is named after it
+FOLDERS = (TEACHER, "corpus", "distilled", "translations", "compare", ".", "..")  # in use
 FORBIDDEN = {"students": ":/\\=", "variants": "="}  # folders, and both go into NAME=VALUE
 REQUIRED = ("name", "prepare", "common", "teacher", "students")
 
@@ -74,18 +77,24 @@ class Recipe:
         return {**self.common, **(self.latent_student if latents else {}), **own}
 
 
-def read_recipe(path: Path, scale: str = "cpu") -> Recipe:
+def read_recipe(path: Path, scale: str = CPU) -> Recipe:
     """Read a recipe; ``UserError`` says which key is missing or unknown.
 
     Args:
         scale: what ``{scale}`` in ``extends`` stands for.
     """
-    content = _read_layers(path, scale, ())
+    content, scaled = _read_layers(path, scale, ())
+    if scale != CPU and not scaled:
+        raise UserError(
+            f"{path} is of one scale: leave --scale {scale} out, or give a recipe that extends one"
+            f" with {SCALE} in its name"
+        )
     known = {each.name for each in fields(Recipe)}
-    unknown = sorted(set(content) - known)
+    unknown = sorted(str(key) for key in set(content) - known)
     if unknown:
         raise UserError(
-            f"{path} has unknown keys ({', '.join(unknown)}): a recipe has {sorted(known)}"
+            f"{path} has unknown keys ({', '.join(unknown)}): a recipe has"
+            f" {', '.join(sorted(known))}"
         )
     missing = [key for key in REQUIRED if key not in content]
     if missing:
@@ -101,7 +110,7 @@ def read_recipe(path: Path, scale: str = "cpu") -> Recipe:
                 raise UserError(f"{path}: {name!r} among the {key} is {options}, not options")
             if not isinstance(name, str):
                 raise UserError(f"{path}: {name} among the {key} is not a text: put it in quotes")
-            if name in RESERVED:
+            if name in RESERVED or (key == "students" and name in FOLDERS):
                 raise UserError(f"{path}: {name!r} among the {key} needs another name")
             if set(name) & set(forbidden):
                 raise UserError(
@@ -161,6 +170,8 @@ def _with_inherited(path: Path, students: Mapping[str, Options]) -> dict[str, Op
             raise UserError(f"{path}: {name!r} goes on from {start!r}: {why}")
         inherited = {} if start is None else {**found[start], "from_teacher": False}
         decoding = options.get("generate", {})
+        if not isinstance(decoding, dict | None):
+            raise UserError(f"{path}: the generate of {name!r} is {decoding}, not options")
         if decoding is not None:
             decoding = {**inherited.get("generate", {}), **decoding}
         merged = {**inherited, **options, "generate": decoding or None}
@@ -170,8 +181,8 @@ def _with_inherited(path: Path, students: Mapping[str, Options]) -> dict[str, Op
     return found
 
 
-def _read_layers(path: Path, scale: str, above: tuple[Path, ...]) -> Options:
-    """The file's content, laid over that of the file that it extends."""
+def _read_layers(path: Path, scale: str, above: tuple[Path, ...]) -> tuple[Options, bool]:
+    """The content, laid over that of the file that it extends, and whether the scale mattered."""
     if not path.is_file():
         reason = f" ({above[-1]} extends it)" if above else ""
         raise UserError(f"there is no recipe {path}{reason}: give the path of a recipe.yaml")
@@ -187,9 +198,10 @@ def _read_layers(path: Path, scale: str, above: tuple[Path, ...]) -> Options:
         raise UserError(f"{path} has no keys: a recipe has {', '.join(REQUIRED)}")
     base = content.pop(EXTENDS, None)
     if base is None:
-        return content
+        return content, False
     lower = path.parent / str(base).replace(SCALE, scale)
-    return laid_over(_read_layers(lower, scale, (*above, path.resolve())), content)
+    found, scaled = _read_layers(lower, scale, (*above, path.resolve()))
+    return laid_over(found, content), scaled or SCALE in str(base)
 
 
 def laid_over(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> Options:

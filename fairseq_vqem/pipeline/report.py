@@ -9,7 +9,7 @@ from typing import Any
 
 from fairseq import checkpoint_utils
 
-from fairseq_vqem.benchmark.engines import engine_versions
+from fairseq_vqem.benchmark.engine_kinds import engine_versions
 from fairseq_vqem.benchmark.scoring import paired_bootstrap, score
 from fairseq_vqem.benchmark.signature import make_signature
 from fairseq_vqem.benchmark.tables import (
@@ -187,6 +187,7 @@ def draw_curves(run: Run, path: Path) -> Path:
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False  # names may have dollars
     from matplotlib import pyplot
 
     figure, (losses, bleus, codes) = pyplot.subplots(1, 3, figsize=(15, 4))

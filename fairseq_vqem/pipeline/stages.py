@@ -14,13 +14,7 @@ import torch
 from fairseq.tasks.translation import TranslationConfig
 
 from fairseq_vqem.analysis.posterior import reconstruct
-from fairseq_vqem.benchmark.engines import (
-    check_engine,
-    engine_kind,
-    load_engine,
-    translate_all,
-    unknown_options,
-)
+from fairseq_vqem.benchmark.engines import load_engine, translate_all
 from fairseq_vqem.benchmark.scoring import read_generate_output
 from fairseq_vqem.benchmark.signature import device_name
 from fairseq_vqem.corpora.binarise import data_checksum
@@ -41,6 +35,7 @@ from fairseq_vqem.peers.alignments import alignment_prefix
 from fairseq_vqem.pipeline.kept import file_name, forget, identity, is_current, remember
 from fairseq_vqem.pipeline.recipe import (
     START,
+    TEACHER,
     TEACHER_BEAM_SIZE,
     VQEM_TASK,
     Options,
@@ -52,7 +47,6 @@ from fairseq_vqem.tasks.translation_vqem import TranslationVQEMConfig
 
 USER_DIR = str(Path(__file__).parents[1])
 ALIGNED_BY = "alignments.json"
-TEACHER = "teacher"
 TEACHER_GREEDY, TEACHER_BEAM = "teacher, greedy", f"teacher, beam {TEACHER_BEAM_SIZE}"
 BATCH_SIZE = 64
 OF_TRAINING = ("word_dropout", "word_shuffle", "shuffle_distance", "eval_latent_bleu")
@@ -61,6 +55,9 @@ LATENT_DECODING = [
     for name in TranslationVQEMConfig.__dataclass_fields__
     if name not in (*TranslationConfig.__dataclass_fields__, *OF_TRAINING)
 ]
+NAT_DECODING = ["remove_repeats", "length_span"]
+CHOICE: Options = {"best_checkpoint_metric": "bleu", "maximize_best_checkpoint_metric": True}
+"""Which of its checkpoints a model is, where the recipe does not say."""
 MAX_LENGTH: Options = {"max_len_a": 2, "max_len_b": 10}
 
 
@@ -152,10 +149,9 @@ def train_words(run: Run, data: Path, options: Options) -> tuple[list[str], int]
     max_update = int(merged.pop("max_update"))
     source, target = languages(run.data)
     words = [str(data), "--user-dir", USER_DIR, "-s", source, "-t", target]
-    words += ["--seed", str(run.recipe.seed), "--best-checkpoint-metric", "bleu"]
-    words += ["--maximize-best-checkpoint-metric", "--no-epoch-checkpoints"]
+    words += ["--seed", str(run.recipe.seed), "--no-epoch-checkpoints"]
     words += [] if run.device == "cuda" else ["--cpu"]
-    return words + flags(merged), max_update
+    return words + flags({**CHOICE, **merged}), max_update
 
 
 def train_teacher(run: Run) -> None:
@@ -244,28 +240,6 @@ def align(run: Run, data: Path) -> None:
     write_json(record, teacher)
 
 
-def check(run: Run) -> None:
-    """Refuse, before hours of training, options of later stages and engines that are not installed.
-
-    Raises:
-        UserError: a row needs such an engine, or one that cannot decode its model, or has an
-            option that the engine does not know.
-    """
-    read_teaching(distill_words(run))
-    for name, system in systems(run).items():
-        engine, weights = system.options.get("engine", "fairseq"), system.options.get("weights")
-        check_engine(engine, run.device, str(weights or "float32"))
-        kind, trained = engine_kind(engine), run.recipe.trained(system.model)
-        known = system.task in (kind.tasks or (system.task,))
-        if not known or not str(trained.get("arch")).startswith(kind.architectures):
-            raise UserError(
-                f"the engine {engine} of {name!r} cannot decode {system.model!r}: ctranslate2 takes"
-                " autoregressive models, exported takes vqem_transformer and ctc_nat"
-            )
-        if unknown := unknown_options(system.options, system.task):
-            raise UserError(f"the engine {engine} of {name!r} has no option {', '.join(unknown)}")
-
-
 def systems(run: Run) -> dict[str, System]:
     """Every decoded system by name: teacher, students, variants."""
     beam = {**MAX_LENGTH, "beam": TEACHER_BEAM_SIZE, **run.recipe.decode}
@@ -295,21 +269,16 @@ def systems(run: Run) -> dict[str, System]:
 
 def _system(run: Run, model: str, options: Options) -> System:
     student = run.recipe.students.get(model, {"task": "translation", "distilled": False})
-    if student.get("task", VQEM_TASK) == VQEM_TASK:
-        # fairseq-generate forgets what the training was given
-        trained = {**run.recipe.latent_student, **student}
-        options = {
-            **{name: trained[name] for name in LATENT_DECODING if name in trained},
-            **options,
-        }
+    task, trained = student.get("task", VQEM_TASK), run.recipe.trained(model)
+    decoding = {VQEM_TASK: LATENT_DECODING, "translation_nat": NAT_DECODING}.get(task, [])
+    # fairseq-generate forgets what the training was given
+    options = {**{name: trained[name] for name in decoding if name in trained}, **options}
     options = {name: value for name, value in options.items() if value is not None}
     checkpoints = str(run.student(model))
     if options.get("rescore") == "teacher" or options.get("iter_decode_with_external_reranker"):
         checkpoints += f":{run.teacher}"
     data = "distilled" if learns_from_teacher(student) else "raw"
-    return System(
-        checkpoints, student.get("task", VQEM_TASK), dict(options), data, model, run.device
-    )
+    return System(checkpoints, task, dict(options), data, model, run.device)
 
 
 def translate(run: Run, name: str) -> None:
@@ -332,7 +301,7 @@ def _translate_with_fairseq(run: Run, name: str, system: System) -> None:
     words += ["-s", source, "-t", target, "--path", system.checkpoints, "--gen-subset", "test"]
     words += ["--batch-size", str(BATCH_SIZE), "--seed", str(run.recipe.seed)]
     words += [] if run.device == "cuda" else ["--cpu"]
-    padding = {"left_pad_source": run.recipe.students.get(system.model, {}).get("left_pad_source")}
+    padding = {"left_pad_source": run.recipe.trained(system.model).get("left_pad_source")}
     run_command([*words, *flags({**padding, **system.options})], run.translations(name))
 
 
@@ -355,12 +324,14 @@ def read_translations(run: Run, system: str) -> tuple[list[str], list[str], list
         return sources, references, list(read_lines(path))
     decode = load_subwords(run.data).decode
     output = read_generate_output(path, sentences=len(references), decode=decode)
-    return sources, references, output.hypotheses
+    pairs = zip(sources, output.hypotheses, strict=True)
+    # of nothing fairseq makes something; other engines do not
+    return sources, references, [text if source.strip() else "" for source, text in pairs]
 
 
 def reconstruct_test(run: Run, name: str) -> list[str]:
     """The student's reconstructions of the test set from its posterior's codes."""
-    path = run.translations(f"{name}-posterior")
+    path = run.translations(name).parent / "posterior" / run.translations(name).name
     made_from = identity(str(run.student(name)), {}, VQEM_TASK, run.device)
     if not is_current(path, made_from):
         forget(path)

@@ -22,6 +22,7 @@ OPTIONS = "options.json"
 ORIGIN = "origin.json"
 MEMORY = "memory.json"
 COMMITS = "commits.json"
+PATHS = ("", "--user-dir", "--init-from", "--finetune-from-model")  # the first is of the data
 
 
 def train(
@@ -84,14 +85,17 @@ def _check_same_training(
         write_json(options, list(words))  # last: without it the folder counts as new
         return
     recorded = read_json(sources) if sources.is_file() else None
-    for what, same in (
-        ("with other options", by_flag(read_json(options)) == by_flag(words)),
-        ("on other data", recorded == (None if origin is None else dict(origin))),
-    ):
-        if not same:
-            raise UserError(
-                f"{folder} holds a training {what}: delete the folder or choose another --out"
-            )
+    before, now = by_flag(read_json(options)), by_flag(words)
+    unlike = sorted(flag for flag in {*before, *now} if before.get(flag) != now.get(flag))
+    if origin is not None:  # which says what lies at these paths, wherever that is
+        unlike = [flag for flag in unlike if flag not in PATHS]
+    problem = f"with other options ({', '.join(unlike)})" if unlike else ""
+    if not problem and recorded != (None if origin is None else dict(origin)):
+        problem = "on other data"
+    if problem:
+        raise UserError(
+            f"{folder} holds a training {problem}: delete the folder or choose another --out"
+        )
 
 
 def by_flag(words: Sequence[str]) -> dict[str, list[str]]:

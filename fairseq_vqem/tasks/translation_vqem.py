@@ -66,6 +66,28 @@ class TranslationVQEMConfig(TranslationConfig):
     )
 
 
+def check_search(cfg: Any, candidates: int = 1) -> None:
+    """Raise ``UserError`` for options of the search for codes that do not go together.
+
+    Args:
+        cfg: the task's options.
+        candidates: code sequences wanted by whatever option.
+    """
+    if cfg.latent_beam < 1 or cfg.latent_candidates < 1:
+        raise UserError("--latent-beam and --latent-candidates must be at least 1")
+    if cfg.latent_temperature < 0:
+        raise UserError(
+            f"--latent-temperature is {cfg.latent_temperature}: it must be positive, or 0 to search"
+            " the best codes"
+        )
+    several = max(cfg.latent_beam, cfg.latent_candidates, candidates) > 1
+    if cfg.latent_length_reward and (not several or cfg.latent_temperature):
+        raise UserError(
+            "--latent-length-reward chooses among the hypotheses of a beam: give --latent-beam 2 or"
+            " more, and no --latent-temperature"
+        )
+
+
 @register_task("translation_vqem", dataclass=TranslationVQEMConfig)
 class TranslationVQEMTask(LearnsCodebook, TranslationTask):
     """fairseq's translation task with codebook updates, latent decoding and its two BLEUs."""
@@ -156,20 +178,7 @@ class TranslationVQEMTask(LearnsCodebook, TranslationTask):
         if getattr(args, "iter_decode_with_external_reranker", False):
             rescore = "teacher"
         candidates = max(self.cfg.latent_candidates, getattr(args, "iter_decode_with_beam", 1))
-        if self.cfg.latent_beam < 1 or self.cfg.latent_candidates < 1:
-            raise UserError("--latent-beam and --latent-candidates must be at least 1")
-        if self.cfg.latent_temperature < 0:
-            raise UserError(
-                f"--latent-temperature is {self.cfg.latent_temperature}: it must be positive, or 0"
-                " to search the best codes"
-            )
-        if self.cfg.latent_length_reward and (
-            max(self.cfg.latent_beam, candidates) == 1 or self.cfg.latent_temperature
-        ):
-            raise UserError(
-                "--latent-length-reward chooses among the hypotheses of a beam: give --latent-beam"
-                " 2 or more, and no --latent-temperature"
-            )
+        check_search(self.cfg, candidates)
         search = LatentSearchOptions(
             beam=self.cfg.latent_beam,
             candidates=candidates,

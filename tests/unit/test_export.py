@@ -31,7 +31,7 @@ from export_helpers import (
     unchecked,
 )
 
-from fairseq_vqem.benchmark.engines import check_engine
+from fairseq_vqem.benchmark.engine_kinds import check_engine
 from fairseq_vqem.corpora.subwords import FAIRSEQ_SPECIALS, SubwordModel, train_subwords
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.export.artefact import need_integer_products, write_artefact

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from fairseq_vqem.benchmark.engines import ENGINES
+from fairseq_vqem.benchmark.engine_kinds import ENGINES
 from fairseq_vqem.corpora import distill as distill_module
 from fairseq_vqem.corpora.files import file_sha256
 from fairseq_vqem.corpora.teaching import Teaching
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.pipeline import kept, stages
+from fairseq_vqem.pipeline.checks import check
 from fairseq_vqem.pipeline.recipe import Recipe
 
 NAT = {"task": "translation_nat", "arch": "ctc_nat_tiny", "max_update": 3}
@@ -35,6 +36,11 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def run_of(out: Path, **students: Any) -> stages.Run:
     return stages.Run(Recipe("x", {}, {}, {}, {"first": NAT, **students}), out, "cpu")
+
+
+def checked(run: stages.Run) -> stages.Run:
+    """Validated by BLEU, as `check` wants it."""
+    return replace(run, recipe=replace(run.recipe, common={"eval_bleu": True}))
 
 
 def test_a_student_goes_on_from_another(tmp_path: Path, trained: dict[str, Any]) -> None:
@@ -121,34 +127,86 @@ def test_every_way_to_decode_has_what_the_training_was_given(tmp_path: Path) -> 
     assert found["all"].options == {**shared, "remove_repeats": False}
     assert found["default"].options == {**shared, "engine": "exported"}
     assert found["first"].options == {}
+    recipe = replace(run.recipe, common={"remove_repeats": True, "length_span": 0.4})
+    found = stages.systems(replace(run, recipe=recipe))
+    assert found["first"].options == {"remove_repeats": True, "length_span": 0.4}
+    assert found["latent"].options["remove_repeats"] is True
+    assert found[stages.TEACHER_GREEDY].options.keys() == {"beam", "max_len_a", "max_len_b"}
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"iter_decode_wiht_beam": 5}, "fairseq of 'v' has no option iter_decode_wiht_beam"),
+        ({"iter_decode_wiht_beam": 5}, "fairseq of 'v': there is no option iter_decode_wiht_beam"),
         ({"engine": "fast"}, "no engine 'fast'"),
         (
             {"student": "teacher", "engine": "ctranslate2", "remove_repeats": True},
-            "ctranslate2 of 'v' has no option",
+            "ctranslate2 of 'v': there is no option",
         ),
-        ({"engine": "exported", "lenpen": 1}, "exported of 'v' has no option lenpen"),
+        ({"engine": "exported", "lenpen": 1}, "exported of 'v': there is no option lenpen"),
         ({"engine": "ctranslate2"}, "ctranslate2 of 'v' cannot decode 'first'"),
         ({"student": "teacher", "engine": "exported"}, "exported of 'v' cannot decode 'teacher'"),
         ({"student": "cmlm", "engine": "exported"}, "exported of 'v' cannot decode 'cmlm'"),
+        ({"student": "vq", "beam": 4}, "vqem_transformer does not read beam"),
+        ({"student": "vq", "latent_beam": 0}, "at least 1"),
+        ({"student": "vq", "latent_beam": "x"}, "wrong value: latent_beam"),
+        ({"student": "vq", "rescore": "techer"}, "wrong value: rescore"),
+        ({"student": "vq", "latent_length_reward": 1}, "--latent-length-reward chooses"),
+        ({"student": "teacher", "iter_decode_max_iter": 4}, "does not read iter_decode_max_iter"),
+        ({"beam": 4}, "a parallel model does not read beam"),
+        ({"student": "teacher", "engine": "ctranslate2", "compute_type": "int4"}, "'int4': choose"),
+        ({"student": "teacher", "engine": "ctranslate2", "workers": 0}, "workers is 0"),
+        ({"student": "teacher", "engine": "ctranslate2", "beam": "4"}, "beam is '4'"),
     ],
 )
 def test_options_that_no_engine_reads_are_refused_before_any_training(
     tmp_path: Path, options: dict[str, Any], message: str
 ) -> None:
-    run = run_of(tmp_path, cmlm={**NAT, "arch": "cmlm_transformer"})
+    cmlm, vq = {**NAT, "arch": "cmlm_transformer"}, {"arch": "vqem_transformer"}
+    run = checked(run_of(tmp_path, cmlm=cmlm, vq=vq))
     variants = {"v": {"student": "first", **options}}
     if options.get("engine") in ENGINES:
         for package in ENGINES[options["engine"]].packages:
             pytest.importorskip(package)
-    stages.check(run)
+    check(run)
     with pytest.raises(UserError, match=message):
-        stages.check(replace(run, recipe=replace(run.recipe, variants=variants)))
+        check(replace(run, recipe=replace(run.recipe, variants=variants)))
+
+
+@pytest.mark.parametrize(
+    ("distill", "message"),
+    [({"dtype": "bf16"}, "Unknown dtype 'bf16'"), ({"beam": 0}, "at least 1")],
+)
+def test_a_distillation_that_cannot_be_is_refused_before_any_training(
+    tmp_path: Path, distill: dict[str, Any], message: str
+) -> None:
+    run = checked(run_of(tmp_path))
+    with pytest.raises(UserError, match=message):
+        check(replace(run, recipe=replace(run.recipe, distill=distill)))
+
+
+def test_checkpoints_are_chosen_by_what_is_computed(
+    tmp_path: Path, trained: dict[str, Any]
+) -> None:
+    run = run_of(tmp_path, vq={"eval_latent_bleu": True, "arch": "vqem_transformer"})
+    with pytest.raises(UserError, match="checkpoints of 'teacher' are chosen by BLEU"):
+        check(run)
+    run = replace(run, recipe=replace(run.recipe, teacher={"eval_bleu": True}))
+    with pytest.raises(UserError, match="checkpoints of 'first' are chosen by BLEU"):
+        check(run)
+    choice = {"best_checkpoint_metric": "loss", "maximize_best_checkpoint_metric": False}
+    students = {**run.recipe.students, "first": {**NAT, **choice}}
+    run = replace(run, recipe=replace(run.recipe, students=students))
+    check(run)
+    stages.train_student(run, "first")
+    words = trained["words"]
+    assert words[words.index("--best-checkpoint-metric") + 1] == "loss"
+    assert "--maximize-best-checkpoint-metric" not in words
+    run.recipe.students["first"] = NAT
+    stages.train_student(run, "first")
+    words = trained["words"]
+    assert words[words.index("--best-checkpoint-metric") + 1] == "bleu"
+    assert "--maximize-best-checkpoint-metric" in words
 
 
 def test_a_colon_in_the_folder_is_refused(tmp_path: Path) -> None:
@@ -245,7 +303,7 @@ def test_options_of_a_distillation_are_read_the_same_each_time(
     stages.distill(run)
     assert not commands
     with pytest.raises(SystemExit):  # by argparse
-        stages.check(replace(run, recipe=replace(run.recipe, distill={"beams": 4})))
+        check(replace(run, recipe=replace(run.recipe, distill={"beams": 4})))
 
 
 @pytest.mark.parametrize(("distilled", "made"), [(True, ["distill"]), (False, [])])

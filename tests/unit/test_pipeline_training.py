@@ -61,8 +61,27 @@ def test_a_training_of_unknown_data_is_refused(tmp_path: Path) -> None:
 
 def test_a_training_with_other_options_is_refused(tmp_path: Path) -> None:
     finished(tmp_path, data="abc")
-    with pytest.raises(UserError, match="with other options"):
+    with pytest.raises(UserError, match=r"with other options \(--max-update\)"):
         train(tmp_path, WORDS, "a run", 11, {"data": "abc"})
+
+
+def test_a_training_may_be_moved(tmp_path: Path) -> None:
+    """Its checksums say that the same lies at the other paths."""
+    paths = ["--user-dir", "/usr/lib", "--init-from", "old/teacher.pt", "--cpu"]
+    finished(tmp_path, data="abc", teacher="def")
+    write_json(tmp_path / OPTIONS, [*read_json(tmp_path / OPTIONS), *paths])
+    moved = [
+        "moved",
+        *WORDS[1:],
+        "--user-dir",
+        "/opt/lib",
+        "--init-from",
+        "new/teacher.pt",
+        "--cpu",
+    ]
+    train(tmp_path, moved, "a run", 10, {"data": "abc", "teacher": "def"})
+    with pytest.raises(UserError, match="on other data"):
+        train(tmp_path, moved, "a run", 10, {"data": "abc", "teacher": "another"})
 
 
 @pytest.mark.parametrize(

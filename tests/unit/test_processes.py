@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -66,6 +70,45 @@ def test_errors_of_the_user_arrive(processes: Processes) -> None:
 def test_an_ended_process_is_reported() -> None:
     with Processes({"a": "one"}) as own, pytest.raises(UserError, match="'a' was ended"):
         own.call("a", end)
+
+
+def test_a_stopped_contest_waits_for_nothing() -> None:
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), Processes({"a": "one"}) as own:
+        own.call("a", draw)
+        own._pools["one"].submit(time.sleep, 600)
+        raise KeyboardInterrupt
+    assert time.monotonic() - started < 300
+
+
+def test_no_process_survives_its_parent(tmp_path: Path) -> None:
+    """Not even where the parent could not end it."""
+    code = (
+        "import os, signal, sys\n"
+        "from fairseq_vqem.benchmark.processes import Processes\n"
+        "if __name__ == '__main__':\n"
+        "    pool = Processes({'a': 'one'})\n"
+        "    print(pool.call('a', os.getpid), flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    program = tmp_path / "parent.py"
+    program.write_text(code)
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True, check=False)
+    pid = int(done.stdout)
+    for _ in range(600):
+        if not _is_running(pid):
+            return
+        time.sleep(0.1)
+    os.kill(pid, signal.SIGKILL)
+    pytest.fail("it is still there")
+
+
+def _is_running(pid: int) -> bool:
+    """Whether there is such a process, and not only its entry, which nobody may have read."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_models_of_ctranslate2_are_alone() -> None:

@@ -84,7 +84,7 @@ def test_reports_know_the_language(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert report.notes(run, "student", CHINESE) == f"posterior BLEU {expected:.1f}"
 
 
-@pytest.mark.parametrize("language", ["zh", "zh_CN", "zh-Hant"])
+@pytest.mark.parametrize("language", ["zh", "zh_CN", "zh-Hant", "zho_Hans"])
 def test_chinese_is_scored_by_characters(language: str) -> None:
     given = [line.replace("文档", "文件") for line in CHINESE]
     scores = score(given, CHINESE, language=language, bootstrap=0)

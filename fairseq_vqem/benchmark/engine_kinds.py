@@ -1,0 +1,167 @@
+"""What is known of each engine before it is loaded: its options, models and requirements."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+from fairseq_vqem.errors import UserError, need_packages
+
+
+@dataclass(frozen=True)
+class EngineKind:
+    """What is known of an engine before it is loaded."""
+
+    packages: tuple[str, ...] = ()
+    """What must be installed."""
+    options: tuple[str, ...] = ()
+    """Its own; fairseq's has all of fairseq's generation."""
+    reads_task: bool = True
+    """Whether it has the decoding options of fairseq's task too."""
+    tasks: tuple[str, ...] | None = None
+    """fairseq's tasks whose models it takes; None: all."""
+    architectures: tuple[str, ...] = ("",)
+    """How the names of their architectures begin."""
+    numbers: tuple[str, ...] = ()
+    """Those of its options that are whole numbers above 0."""
+    alone: bool = False
+    """Whether each of its models needs a process of its own, for their threads disturb others."""
+
+
+ENGINES: dict[str, EngineKind] = {
+    "fairseq": EngineKind(),
+    "ctranslate2": EngineKind(
+        packages=("ctranslate2",),
+        options=("beam", "lenpen", "max_len_a", "max_len_b", "compute_type", "workers"),
+        numbers=("beam", "workers"),
+        reads_task=False,
+        tasks=("translation",),
+        alone=True,
+    ),
+    "exported": EngineKind(
+        packages=("onnx", "onnxruntime"),
+        options=(
+            *("weights", "workers", "iter_decode_eos_penalty"),
+            *("iter_decode_with_beam", "iter_decode_with_external_reranker"),
+        ),
+        numbers=("workers",),
+        tasks=("translation_vqem", "translation_nat"),
+        architectures=("vqem_transformer", "ctc_nat"),
+    ),
+}
+"""By the name that a recipe gives; `check_engine` and `load_engine` know the rest."""
+COMPUTE_TYPES = ("float32", "int8", "int16", "bfloat16", "float16", "int8_float32")
+
+
+def engine_kind(name: str) -> EngineKind:
+    """What is known of the engine ``name``; UserError where there is none."""
+    if name not in ENGINES:
+        raise UserError(f"there is no engine {name!r}: choose from {', '.join(ENGINES)}")
+    return ENGINES[name]
+
+
+def check_engine(name: str, device: str, weights: str = "float32") -> None:
+    """Raise UserError if there is no such engine, or it is not installed, or not fit.
+
+    Args:
+        device: where it is to run.
+        weights: of an exported student; ``int8`` needs a processor that multiplies exactly.
+    """
+    kind = engine_kind(name)
+    if name == "exported" and device != "cpu":
+        raise UserError("the engine exported runs on the CPU only: leave such rows out")
+    need_packages(f"the engine {name}", *kind.packages)
+    if name == "ctranslate2" and device != "cpu":
+        import ctranslate2
+
+        if not ctranslate2.get_cuda_device_count():
+            raise UserError("CTranslate2 finds no GPU: leave such rows out, or use --device cpu")
+    if name == "exported":
+        from fairseq_vqem.export.artefact import need_integer_products
+        from fairseq_vqem.export.command import WEIGHTS
+
+        if weights not in WEIGHTS:
+            raise UserError(f"weights are {weights!r}: choose {' or '.join(WEIGHTS)}")
+        if weights == "int8":
+            need_integer_products()
+
+
+def unknown_options(options: Mapping[str, Any], task: str) -> list[str]:
+    """Names among an engine's ``options`` that it would not read.
+
+    Args:
+        options: as `load_engine` takes them, of an engine that there is.
+        task: fairseq's, of the model that is decoded.
+    """
+    from fairseq.tasks import TASK_DATACLASS_REGISTRY
+
+    from fairseq_vqem.generation.api import GENERATION_OPTIONS
+
+    engine = options.get("engine", "fairseq")
+    kind = engine_kind(engine)
+    known = {"engine", *kind.options}
+    if kind.reads_task:
+        known |= set(TASK_DATACLASS_REGISTRY[task].__dataclass_fields__)
+    if engine == "fairseq":
+        known |= GENERATION_OPTIONS
+    return sorted(set(options) - known)
+
+
+def check_options(options: Mapping[str, Any], task: str) -> None:
+    """Refuse options that the engine would not read, or of values that it would refuse.
+
+    Args:
+        options: as `load_engine` takes them, of an engine that there is.
+        task: fairseq's, of the model that is decoded.
+
+    Raises:
+        UserError: there is such an option; what depends on the model is noticed later.
+    """
+    from fairseq_vqem.generation.api import checked_options, split_options
+
+    rest = dict(options)
+    engine = rest.pop("engine", "fairseq")
+    if unknown := unknown_options(options, task):
+        raise UserError(f"there is no option {', '.join(unknown)}")
+    for name in ENGINES[engine].numbers:
+        positive(rest, name, 1)
+    if "compute_type" in rest:
+        checked_compute_type(rest.pop("compute_type"))
+    rest.pop("weights", None)
+    generation, task_options = split_options(rest)
+    checked_options(generation, task_options, task)
+
+
+def checked_compute_type(name: Any) -> str:
+    """A type of weights that CTranslate2 has; UserError for any other ``name``."""
+    if name not in COMPUTE_TYPES:
+        raise UserError(f"compute_type is {name!r}: choose from {', '.join(COMPUTE_TYPES)}")
+    return str(name)
+
+
+def positive(options: dict[str, Any], name: str, default: int) -> int:
+    """Take ``name`` out of an engine's options; UserError unless it is a number above 0."""
+    value = options.pop(name, default)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"the engine's option {name} is {value!r}: it must be at least 1")
+    return value
+
+
+def engine_versions(systems: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Package to version of what the engines of ``systems`` need beside torch and fairseq.
+
+    Args:
+        systems: options of each, as `load_engine` takes them.
+    """
+    names = sorted({str(options.get("engine", "fairseq")) for options in systems})
+    return {package: _version(package) for name in names for package in ENGINES[name].packages}
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # another distribution's, such as onnxruntime-gpu
+        return str(getattr(importlib.import_module(package), "__version__", "unknown"))

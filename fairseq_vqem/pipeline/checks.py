@@ -1,0 +1,42 @@
+"""What a recipe asks for, checked before hours of training."""
+
+from __future__ import annotations
+
+from fairseq_vqem.benchmark.engine_kinds import check_engine, check_options, engine_kind
+from fairseq_vqem.corpora.distill import check_numbers, read_teaching
+from fairseq_vqem.errors import UserError
+from fairseq_vqem.pipeline.recipe import TEACHER
+from fairseq_vqem.pipeline.stages import CHOICE, Run, distill_words, systems
+
+
+def check(run: Run) -> None:
+    """Refuse, before hours of training, options of later stages and engines that are not installed.
+
+    Raises:
+        UserError: a row needs such an engine, or one that cannot decode its model, or has an
+            option that the engine does not know or of a wrong value; a model's checkpoints are
+            chosen by a BLEU that its validation does not compute; distillation cannot be done so.
+    """
+    check_numbers(read_teaching(distill_words(run)))
+    for model in (TEACHER, *run.recipe.students):
+        trained = {**CHOICE, **run.recipe.trained(model)}
+        validates = trained.get("eval_bleu") or trained.get("eval_latent_bleu")
+        if trained["best_checkpoint_metric"] == "bleu" and not validates:
+            raise UserError(
+                f"the checkpoints of {model!r} are chosen by BLEU: give it eval_bleu (with latents:"
+                " eval_latent_bleu), or another best_checkpoint_metric"
+            )
+    for name, system in systems(run).items():
+        engine, weights = system.options.get("engine", "fairseq"), system.options.get("weights")
+        check_engine(engine, run.device, str(weights or "float32"))
+        kind, trained = engine_kind(engine), run.recipe.trained(system.model)
+        known = system.task in (kind.tasks or (system.task,))
+        if not known or not str(trained.get("arch")).startswith(kind.architectures):
+            raise UserError(
+                f"the engine {engine} of {name!r} cannot decode {system.model!r}: ctranslate2 takes"
+                " autoregressive models, exported takes vqem_transformer and ctc_nat"
+            )
+        try:
+            check_options(system.options, system.task)
+        except UserError as error:
+            raise UserError(f"the engine {engine} of {name!r}: {error}") from error
