@@ -246,7 +246,7 @@ def find_bottleneck(name: str) -> type[Bottleneck]:
         )
     try:
         kind = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise UserError(
             f"--bottleneck {name} cannot be imported ({error}): is its package installed?"
         ) from error

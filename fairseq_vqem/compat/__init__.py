@@ -37,10 +37,10 @@ from fairseq_vqem.compat.messages import (
 from fairseq_vqem.compat.patching import original
 from fairseq_vqem.compat.processes import enable_cpu_data_parallel, enable_torchrun
 from fairseq_vqem.compat.updates import (
-    average_whole_numbers_never,
     average_with_versions,
     discard_rejected_statistics,
     leave_out_dummy_batches,
+    mend_averages,
 )
 
 __all__ = [
@@ -48,7 +48,6 @@ __all__ = [
     "allow_fairseq_classes_in_checkpoints",
     "allow_in_checkpoints",
     "apply",
-    "average_whole_numbers_never",
     "average_with_versions",
     "convolve_in_float32",
     "copy_checkpoints_atomically",
@@ -63,6 +62,7 @@ __all__ = [
     "keep_last_batch",
     "leave_out_dummy_batches",
     "make_batches_every_epoch",
+    "mend_averages",
     "mend_rerank",
     "original",
     "plan_no_attention",
@@ -88,7 +88,7 @@ def apply() -> None:
     convolve_in_float32()
     discard_rejected_statistics()
     leave_out_dummy_batches()
-    average_whole_numbers_never()
+    mend_averages()
     average_with_versions()
     mend_rerank()
     synchronise_generation_timer()

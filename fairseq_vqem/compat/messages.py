@@ -26,6 +26,8 @@ _FAIRSEQ_SENTENCES = {
     r"The dataset is empty": " Or raise --max-source-positions and --max-target-positions.",
     r"Dataset not found": "; check the data folder and the name of the split.",
     r"Could not infer language pair": "; check the data folder, or give -s and -t.",
+    r"--finetune-from-model \S+ does not exist": "; check the path.",
+    r"Optimizer does not match": " Or go on in the precision that it began in (--fp16, --amp).",
 }
 
 
@@ -98,7 +100,7 @@ def _user_message(error: BaseException) -> str | None:
     # fairseq's trainer replaces an error on loading a model by a bare Exception.
     if type(error) is Exception and isinstance(error.__context__, UserError):
         return str(error.__context__)
-    if type(error) in (Exception, FileNotFoundError):
+    if type(error) in (Exception, FileNotFoundError, ValueError, AssertionError):
         return _fairseq_sentence(error)
     return None
 

@@ -66,11 +66,12 @@ def leave_out_dummy_batches() -> None:
     patch(Trainer, "train_step", build)
 
 
-def average_whole_numbers_never() -> None:
+def mend_averages() -> None:
     """--store-ema multiplies every entry of the state by the decay, counters included, and ends.
 
     What is no floating-point number, or has changed its size (the rows that a codebook remembers),
-    is copied instead.
+    is copied instead. And it multiplies in place, so that embeddings that are one matrix under four
+    names would have the decay's fourth power: these are averaged once.
     """
 
     def build(step: Callable[..., None]) -> Callable[..., None]:
@@ -85,11 +86,27 @@ def average_whole_numbers_never() -> None:
                     self.fp32_params.pop(name, None)
                 if resized or not value.is_floating_point():
                     self.skip_keys.add(name)
+            averaged = self.fp32_params if self.config.ema_fp32 else own
+            before = {name: averaged[name].clone() for name in _shared(averaged)}
             step(self, new_model, updates)
+            new, own = new_model.state_dict(), self.model.state_dict()
+            for name, old in before.items():
+                mean = torch.lerp(old, new[name].to(old), 1 - self.decay)
+                averaged[name].copy_(mean)
+                own[name].copy_(mean)
 
         return copy_the_rest
 
     patch(EMA, "_step_internal", build)
+
+
+def _shared(state: dict[str, Any]) -> list[str]:
+    """One name of every tensor that is averaged and has several."""
+    names: dict[int, list[str]] = {}
+    for name, value in state.items():
+        if torch.is_tensor(value) and value.is_floating_point() and value.numel():
+            names.setdefault(value.data_ptr(), []).append(name)
+    return [each[0] for each in names.values() if len(each) > 1]
 
 
 def average_with_versions() -> None:

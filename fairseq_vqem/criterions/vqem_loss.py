@@ -82,7 +82,7 @@ class VQEMLoss(FairseqCriterion):
     ) -> tuple[Tensor, int, dict[str, Any]]:
         """Summed loss, the number of target tokens as its denominator, and what is logged."""
         output: VQEMOutput = model(**sample["net_input"], target=sample["target"])
-        reconstruction, nll, tokens = self.reconstruction_loss(model, output)
+        reconstruction, nll, tokens, unfit = self.reconstruction_loss(model, output)
         log: dict[str, Any] = {
             "ntokens": sample["ntokens"],
             "nsentences": sample["target"].size(0),
@@ -90,6 +90,8 @@ class VQEMLoss(FairseqCriterion):
             "reconstruction": reconstruction.detach(),
             "nll": nll.detach(),
         }
+        if output.ctc is not None:
+            log["unfit"] = unfit
         # what is shown or does not fit carries no loss; rescaling keeps the balance with the rest
         loss = reconstruction * (sample["ntokens"] / max(tokens, 1))
         if output.bottleneck is not None:
@@ -99,15 +101,19 @@ class VQEMLoss(FairseqCriterion):
 
     def reconstruction_loss(
         self, model: VQEMTransformer, output: VQEMOutput
-    ) -> tuple[Tensor, Tensor, int]:
-        """Loss, negative log-likelihood, both summed, and the number of tokens they are of."""
+    ) -> tuple[Tensor, Tensor, int, int]:
+        """Loss, negative log-likelihood, both summed, and the number of tokens they are of.
+
+        And how many sentences have too few frames for their words; these are left out.
+        """
         if output.ctc is not None:
             loss, nll, fits = ctc_reconstruction(output.ctc, model.blank, self.label_smoothing)
-            return loss, nll, int(output.ctc.counts[fits].clamp(min=1).sum())
+            words = int(output.ctc.counts[fits].clamp(min=1).sum())
+            return loss, nll, words, int((~fits).sum())
         loss, nll = smoothed_cross_entropy(
             output.logits, output.labels, self.padding_idx, self.label_smoothing
         )
-        return loss, nll, int(output.labels.ne(self.padding_idx).sum())
+        return loss, nll, int(output.labels.ne(self.padding_idx).sum()), 0
 
     def latent_losses(
         self, model: VQEMTransformer, output: VQEMOutput, log: dict[str, Any]
@@ -142,6 +148,8 @@ class VQEMLoss(FairseqCriterion):
             ("latent_accuracy", "latent_correct", "code_symbols", 1.0),
         ):
             log_average(logging_outputs, name, key, count_key, scale)
+        if any("unfit" in log for log in logging_outputs):  # of --output ctc
+            log_average(logging_outputs, "unfit", "unfit", "nsentences")
         log_bottleneck(logging_outputs)
 
 

@@ -13,7 +13,7 @@ from fairseq_vqem.errors import UserError
 from fairseq_vqem.images.codes import CodeShape
 from fairseq_vqem.images.prior_config import PriorConfig
 from fairseq_vqem.models.config import VQEMTransformerConfig, transformer_config
-from fairseq_vqem.models.defaults import add_missing_options, check_heads, set_defaults
+from fairseq_vqem.models.defaults import add_missing_options, check_sizes, set_defaults
 from fairseq_vqem.modules.decoders import EncoderOut, LatentDictionary, LatentPredictor
 from fairseq_vqem.modules.incremental import CachedPredictor
 
@@ -55,7 +55,7 @@ class ImagePrior(BaseFairseqModel):
                 "image_prior needs its own task: pass --task image_prior (and --criterion"
                 " image_prior_loss in training)"
             )
-        check_heads(cfg)
+        check_sizes(cfg)
         return cls(cfg, shape)
 
     def forward(self, codes: Tensor, labels: Tensor) -> Tensor:

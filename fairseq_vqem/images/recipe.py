@@ -96,8 +96,9 @@ def read_image_recipe(path: Path) -> ImageRecipe:
         raise UserError(f"{path}: generation has wrong keys ({error})") from error
     if not isinstance(recipe.seeds, list) or not all(isinstance(n, int) for n in recipe.seeds):
         raise UserError(f"{path}: the seeds {recipe.seeds} are no list of whole numbers")
-    if not recipe.seeds or not recipe.systems or recipe.shown < 1:
-        raise UserError(f"{path} needs at least one seed, one system and one picture to be shown")
+    if not recipe.seeds or not recipe.systems:
+        raise UserError(f"{path} needs at least one seed and one system")
+    _check_numbers(path, recipe)
     _check_seeds(path, recipe)
     if recipe.generation:
         _check_generation(path, recipe, recipe.generation)
@@ -115,6 +116,26 @@ def _check_options(path: Path, content: dict[str, Any]) -> None:
             raise UserError(f"{path}: the system {system} has no options: name its bottleneck")
         if not _is_count({**common, **own}.get("max_update")):
             raise UserError(f"{path}: the system {system} needs max_update, a whole number from 1")
+
+
+def _check_numbers(path: Path, recipe: ImageRecipe) -> None:
+    """What would otherwise be noticed after the trainings."""
+    counts = {"shown": recipe.shown, "valid_size": recipe.valid_size}
+    if recipe.generation is not None:
+        counts["samples"] = recipe.generation.samples
+        counts["feature_epochs"] = recipe.generation.feature_epochs
+        if not _is_number(recipe.generation.temperature):
+            raise UserError(f"{path}: the temperature {recipe.generation.temperature} is no number")
+    for name, value in counts.items():
+        if not _is_count(value):
+            raise UserError(f"{path}: {name} is {value}: it must be a whole number from 1")
+    share = recipe.collapse_below
+    if not _is_number(share) or not 0 <= share <= 1:
+        raise UserError(f"{path}: collapse_below is {share}: it must be a share, from 0 to 1")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _check_seeds(path: Path, recipe: ImageRecipe) -> None:
@@ -140,7 +161,5 @@ def _check_generation(path: Path, recipe: ImageRecipe, wanted: Generation) -> No
     updates = wanted.prior.get("max_update") if isinstance(wanted.prior, dict) else None
     if wanted.samples < 2 or not _is_count(updates):
         raise UserError(f"{path}: generation needs 2 samples or more and the prior's max_update")
-    if wanted.temperature <= 0.0 or wanted.feature_epochs < 1:
-        raise UserError(
-            f"{path}: generation needs a temperature above 0 and 1 or more feature_epochs"
-        )
+    if wanted.temperature <= 0.0:
+        raise UserError(f"{path}: generation needs a temperature above 0")

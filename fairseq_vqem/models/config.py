@@ -12,7 +12,7 @@ from fairseq.models.transformer.transformer_config import DecoderConfig, EncDecB
 from fairseq_vqem.bottlenecks import BottleneckOptions
 from fairseq_vqem.bottlenecks.base import BOTTLENECKS, CHOICES, Bottleneck, find_bottleneck
 from fairseq_vqem.errors import UserError
-from fairseq_vqem.models.defaults import check_heads
+from fairseq_vqem.models.defaults import check_sizes
 from fairseq_vqem.modules.convolutions import EXPANDER_KINDS, RESIDUAL_PLACEMENTS
 from fairseq_vqem.schedules import parse_schedule
 
@@ -144,8 +144,6 @@ def check_config(cfg: VQEMTransformerConfig) -> None:
     """Raise ``UserError`` for options that do not go together."""
     check_codebook_size(cfg)
     bottleneck_options(cfg)
-    if cfg.compress_steps < 1:
-        raise UserError(f"--compress-steps is {cfg.compress_steps}: it must be at least 1")
     prior = parse_schedule(cfg.predictor_prior, minimum=0.0, option="--predictor-prior")
     if max(prior.start, prior.end) > 0 and (
         cfg.num_codebooks > 1 or not find_bottleneck(cfg.bottleneck).takes_prior
@@ -155,9 +153,7 @@ def check_config(cfg: VQEMTransformerConfig) -> None:
             " leave it out, or choose one of these with --bottleneck"
         )
     _check_output(cfg)
-    if cfg.latent_dropout is not None and not 0.0 <= cfg.latent_dropout < 1.0:
-        raise UserError(f"--latent-dropout is {cfg.latent_dropout}: it must be in [0, 1)")
-    check_heads(cfg)
+    check_sizes(cfg)
 
 
 def _check_output(cfg: VQEMTransformerConfig) -> None:
@@ -218,10 +214,15 @@ def check_codebook_size(cfg: Any) -> None:
 
 
 def check_effective(cfg: Any) -> None:
-    """Raise ``UserError`` for options of the codebook that would change nothing in a training.
+    """Raise ``UserError`` for options that would change nothing in a training.
 
     A finished checkpoint may have them all the same.
     """
+    if str(cfg.output) != "ctc" and cfg.upsample_scale != VQEMTransformerConfig.upsample_scale:
+        raise UserError(
+            f"--upsample-scale {cfg.upsample_scale} changes nothing without --output ctc: leave it"
+            " out"
+        )
     kind, name = find_bottleneck(cfg.bottleneck), str(cfg.bottleneck)
     single = cfg.num_codebooks == 1
     if str(cfg.codebook_split) != "slice" and single:

@@ -34,8 +34,29 @@ def add_missing_options(cfg: Any, config: type[FairseqDataclass]) -> None:
                 setattr(cfg, each.name, each.default)
 
 
-def check_heads(cfg: Any) -> None:
-    """Raise ``UserError`` where the heads of the attention cannot share its dimensions."""
+SMALLEST = {
+    "embed_dim": 1,
+    "ffn_embed_dim": 1,
+    "attention_heads": 1,
+    "encoder_layers": 1,
+    "latent_layers": 1,
+    "decoder_layers": 1,
+    "compress_steps": 1,
+    "residual_blocks": 0,
+}
+DROPOUTS = ("dropout", "attention_dropout", "activation_dropout", "latent_dropout")
+
+
+def check_sizes(cfg: Any) -> None:
+    """Raise ``UserError`` where a size or a dropout is impossible, or heads do not fit."""
+    for name, smallest in SMALLEST.items():
+        if (value := getattr(cfg, name, smallest)) < smallest:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} is {value}: it must be at least {smallest}")
+    for name in DROPOUTS:
+        value = getattr(cfg, name, None)
+        if value is not None and not 0.0 <= value < 1.0:
+            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be in [0, 1)")
     if cfg.embed_dim % cfg.attention_heads:
         raise UserError(
             f"--embed-dim {cfg.embed_dim} is not divisible by --attention-heads"

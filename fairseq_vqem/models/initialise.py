@@ -31,10 +31,15 @@ TIED = {  # pairs that may be one matrix -> what makes them one in a teacher
     ),
 }
 PARTS = {  # that a student may lack
+    "decoder.embed_positions.weight": "--decoder-learned-pos",
     "encoder.layernorm_embedding.weight": "--layernorm-embedding",
     "encoder.embed_positions.weight": "--encoder-learned-pos",
 }
-REQUIRED = ("encoder.layers.0.fc1.weight", "encoder.embed_tokens.weight")
+REQUIRED = (
+    *("encoder.layers.0.fc1.weight", "decoder.layers.0.fc1.weight"),
+    *("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
+)
+COMPUTES_OTHERWISE = ("no_scale_embedding", "no_token_positional_embeddings")  # than any student
 
 
 def initialise_from_teacher(model: nn.Module, checkpoint: str) -> int:
@@ -102,7 +107,11 @@ def _check_parts(model: nn.Module, teacher: Mapping[str, Tensor], checkpoint: st
 
 
 def _check_computation(model: Any, config: Any, checkpoint: str) -> None:
-    """What no shape shows: heads and activation."""
+    """What no shape shows: heads, activation, and what is done to embeddings."""
+    for name in COMPUTES_OTHERWISE:
+        if _option(config, name):
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"--init-from {checkpoint}: train the teacher without {flag}")
     layer = model.encoder.layers[0]
     for side in ("encoder", "decoder"):
         heads = _option(config, f"{side}_attention_heads")

@@ -96,7 +96,9 @@ class VQEMTransformer(FairseqEncoderDecoderModel):
             cfg.dropout,
         )
         heads = cfg.attention_heads if cfg.target_encoder_attend_source else 0
-        self.target_encoder = TargetEncoder(decoder.embed_tokens, compressor, heads, cfg.dropout)
+        self.target_encoder = TargetEncoder(
+            decoder.embed_tokens, compressor, heads, cfg.dropout, cfg.attention_dropout
+        )
         self.expander = Expander(
             cfg.embed_dim,
             cfg.compress_steps,

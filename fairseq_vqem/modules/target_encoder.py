@@ -26,6 +26,7 @@ class TargetEncoder(nn.Module):
         compressor: Compressor,
         attention_heads: int,
         dropout: float,
+        attention_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         dimension = embeddings.embedding_dim
@@ -37,7 +38,10 @@ class TargetEncoder(nn.Module):
         if attention_heads:
             self.norm = nn.LayerNorm(dimension)
             self.attention = MultiheadAttention(
-                dimension, attention_heads, encoder_decoder_attention=True
+                dimension,
+                attention_heads,
+                dropout=attention_dropout,
+                encoder_decoder_attention=True,
             )
             self.final_norm = nn.LayerNorm(dimension)
 

@@ -8,7 +8,7 @@ from fairseq.dataclass import FairseqDataclass
 
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.models.config import option
-from fairseq_vqem.models.defaults import check_heads, set_defaults
+from fairseq_vqem.models.defaults import check_sizes, set_defaults
 
 
 @dataclass
@@ -45,7 +45,7 @@ class FertilityNATConfig(PeerConfig):
 
 def check_config(cfg: Any) -> None:
     """Raise ``UserError`` for sizes that no model can have."""
-    check_heads(cfg)
+    check_sizes(cfg)
     for name in ("upsample_scale", "max_fertility"):
         if getattr(cfg, name, 1) < 1:
             raise UserError(

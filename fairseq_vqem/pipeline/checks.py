@@ -5,8 +5,11 @@ from __future__ import annotations
 from fairseq_vqem.benchmark.engine_kinds import check_engine, check_options, engine_kind
 from fairseq_vqem.corpora.distill import check_numbers, read_teaching
 from fairseq_vqem.errors import UserError
-from fairseq_vqem.pipeline.recipe import TEACHER
+from fairseq_vqem.models.config import VQEMTransformerConfig
+from fairseq_vqem.pipeline.recipe import START, TEACHER, VQEM_TASK
 from fairseq_vqem.pipeline.stages import CHOICE, Run, distill_words, systems
+from fairseq_vqem.schedules import parse_schedule
+from fairseq_vqem.tasks.codebook import WARM_UP_AGAIN
 
 
 def check(run: Run) -> None:
@@ -15,7 +18,8 @@ def check(run: Run) -> None:
     Raises:
         UserError: a row needs such an engine, or one that cannot decode its model, or has an
             option that the engine does not know or of a wrong value; a model's checkpoints are
-            chosen by a BLEU that its validation does not compute; distillation cannot be done so.
+            chosen by a BLEU that its validation does not compute; a student that goes on from
+            another would begin by a warm-up; distillation cannot be done so.
     """
     check_numbers(read_teaching(distill_words(run)))
     for model in (TEACHER, *run.recipe.students):
@@ -26,6 +30,10 @@ def check(run: Run) -> None:
                 f"the checkpoints of {model!r} are chosen by BLEU: give it eval_bleu (with latents:"
                 " eval_latent_bleu), or another best_checkpoint_metric"
             )
+        schedule = trained.get("quantise_schedule", VQEMTransformerConfig.quantise_schedule)
+        latents = run.recipe.students.get(model, {}).get("task", VQEM_TASK) == VQEM_TASK
+        if START in trained and latents and parse_schedule(str(schedule)).start == 0:
+            raise UserError(WARM_UP_AGAIN.format(repr(model), "quantise_schedule: 1"))
     for name, system in systems(run).items():
         engine, weights = system.options.get("engine", "fairseq"), system.options.get("weights")
         check_engine(engine, run.device, str(weights or "float32"))

@@ -4,7 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from fairseq_vqem.errors import UserError
+
+WARM_UP_AGAIN = (
+    "{} goes on from a trained one, whose codebook a warm-up would overwrite: give it {}, which"
+    " quantises from the first update on"
+)
+
+
+def has_learned(bottleneck: nn.Module) -> bool:
+    """Whether a codebook has been filled with real outputs before."""
+    return any(
+        name.rpartition(".")[2] in ("observed", "seen") and int(buffer) > 0
+        for name, buffer in bottleneck.named_buffers()
+    )
 
 
 class LearnsCodebook:
@@ -19,7 +34,13 @@ class LearnsCodebook:
         update_num: int,
         ignore_grad: bool = False,
     ) -> tuple[Tensor, int, dict[str, Any]]:
-        """As fairseq; a dummy batch (``ignore_grad``) leaves no trace in the codebook."""
+        """As fairseq; a dummy batch (``ignore_grad``) leaves no trace in the codebook.
+
+        Raises:
+            UserError: a warm-up begins that would overwrite the codebook of a trained model.
+        """
+        if update_num == 0 and model.quantise_schedule(0) == 0 and has_learned(model.bottleneck):
+            raise UserError(WARM_UP_AGAIN.format("this model", "--quantise-schedule 1"))
         model.bottleneck.gathers = not ignore_grad
         step: tuple[Tensor, int, dict[str, Any]] = super().train_step(  # type: ignore[misc]
             sample, model, criterion, optimizer, update_num, ignore_grad

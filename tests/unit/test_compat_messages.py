@@ -64,6 +64,20 @@ def test_the_error_hook(capsys: pytest.CaptureFixture[str]) -> None:
     assert show(loader, capsys) == (line, False)
 
 
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (ValueError("--finetune-from-model x.pt does not exist"), "check the path."),
+        (AssertionError("Optimizer does not match; please reset it"), "precision that it began in"),
+    ],
+)
+def test_what_fairseq_says_in_a_sentence_needs_no_trace(
+    error: Exception, advice: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, traced = show(error, capsys)
+    assert text.startswith(f"fairseq_vqem: error: {error}") and advice in text and not traced
+
+
 def test_the_error_hook_sees_through_the_trainer(capsys: pytest.CaptureFixture[str]) -> None:
     hidden = Exception("Cannot load model parameters from checkpoint")
     hidden.__context__ = UserError("mend it.")

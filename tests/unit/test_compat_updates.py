@@ -95,6 +95,10 @@ def test_the_average_of_a_transformer_keeps_its_last_normalisations(tiny: Any, f
         assert float(averaged[f"{part}.version"]) == 3.0
         for name in (f"{part}.layer_norm.weight", f"{part}.layers.0.fc1.weight"):
             torch.testing.assert_close(averaged[name], start[name] + 0.25 * (0.75 * 1 + 3))
+    shared = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    assert len(shared) > len(list(model.parameters()))
+    for name in shared:  # whatever its names are, each of them once
+        torch.testing.assert_close(averaged[name], start[name] + 0.25 * (0.75 * 1 + 3), msg=name)
     resumed = EMA(model, EMAConfig(store_ema=True, ema_decay=0.75, ema_fp32=fp32))
     resumed.restore(averaged, build_fp32_params=fp32)
     assert_same_state(averaged, resumed.get_model().state_dict())

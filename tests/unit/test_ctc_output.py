@@ -57,8 +57,8 @@ def test_loss_is_that_of_all_paths(tiny: Any) -> None:
         if merged == [7, 8]:
             total = torch.logaddexp(total, sum(logs[t, symbol] for t, symbol in enumerate(path)))
     criterion = loss_function(tiny, label_smoothing=0.0)
-    loss, nll, tokens = criterion.reconstruction_loss(model, output)
-    assert tokens == 2 and float(nll) == pytest.approx(-float(total), rel=1e-4)
+    loss, nll, tokens, unfit = criterion.reconstruction_loss(model, output)
+    assert (tokens, unfit) == (2, 0) and float(nll) == pytest.approx(-float(total), rel=1e-4)
     assert float(loss) == float(nll)
 
 
@@ -124,11 +124,11 @@ def test_what_does_not_fit_is_left_out(tiny: Any) -> None:
     both = tiny.batch([([5] * 7, [7, 8, 9, 10, 11]), ([5], [7, 8, 9, 10, 11])])
     wanted = criterion.reconstruction_loss(model, forward(model, fitting))
     found = criterion.reconstruction_loss(model, forward(model, both))
-    assert found[2] == wanted[2] == 5
+    assert found[2] == wanted[2] == 5 and (wanted[3], found[3]) == (0, 1)
     assert float(found[0]) == pytest.approx(float(wanted[0]), rel=1e-4)
     neither = tiny.batch([([5], [7, 8, 9, 10, 11])])
     loss, size, log = criterion(model, neither)
-    assert loss.isfinite() and size == 6 and log["labels"] == 0
+    assert loss.isfinite() and size == 6 and log["labels"] == 0 and log["unfit"] == 1
 
 
 def test_a_penalty_on_the_blank_makes_output_longer(tiny: Any) -> None:

@@ -149,6 +149,8 @@ def test_init_from_is_not_read_for_a_checkpoint(tiny: Any) -> None:
         ({"encoder_attention_heads": 4}, "encoder has 4 attention heads and this model's 2"),
         ({"decoder_attention_heads": 4}, "decoder has 4 attention heads and this model's 2"),
         ({"activation_fn": "gelu"}, "--activation-fn gelu is not this model's"),
+        ({"no_scale_embedding": True}, "without --no-scale-embedding"),
+        ({"no_token_positional_embeddings": True}, "without --no-token-positional-embeddings"),
     ],
 )
 def test_teachers_that_compute_otherwise_are_refused(
@@ -171,6 +173,8 @@ def test_teachers_with_other_parts_are_refused(tiny: Any, tmp_path: Path) -> Non
         ("decoder.output_projection.weight", embeddings + 1, "--share-decoder-input-output-embed"),
         ("encoder.layernorm_embedding.weight", NO_PARAMETER, "without --layernorm-embedding"),
         ("encoder.embed_positions.weight", NO_PARAMETER, "without --encoder-learned-pos"),
+        ("decoder.embed_positions.weight", NO_PARAMETER, "without --decoder-learned-pos"),
+        ("decoder.layers.0.fc1.weight", NO_PARAMETER, "--ffn-embed-dim and dictionary"),
     ):
         torch.save({**state, "model": {**state["model"], name: value}}, path)
         assert_user_error(message, lambda: build(tiny, path))

@@ -81,6 +81,11 @@ def test_the_predictor_has_a_dropout_of_its_own(
         assert found == {expected if part == "latent_predictor" else 0.2, 0.0}, part
 
 
+def test_the_target_encoder_drops_attention_too(tiny: Any) -> None:
+    model = tiny.model(target_encoder_attend_source=True, attention_dropout=0.3)
+    assert model.target_encoder.attention.dropout_module.p == 0.3
+
+
 # --- errors ---------------------------------------------------------------------------------------
 
 
@@ -111,6 +116,11 @@ def test_too_long_target(tiny: Any) -> None:
         (dict(codebook_size=1), "--codebook-size is 1"),
         (dict(bottleneck="vq"), "--bottleneck vq is not known"),
         (dict(latent_dropout=1.0), "--latent-dropout is 1.0"),
+        (dict(attention_dropout=1.5), "--attention-dropout is 1.5"),
+        (dict(attention_heads=0), "--attention-heads is 0"),
+        (dict(decoder_layers=-1), "--decoder-layers is -1"),
+        (dict(residual_blocks=-1), "--residual-blocks is -1"),
+        (dict(bottleneck=":Name"), "cannot be imported"),
         (dict(quantise_schedule="2"), "above its maximum"),
         (dict(gold_schedule="soon"), "not a schedule"),
         (dict(predictor_prior="-1"), "below its minimum"),
@@ -132,6 +142,7 @@ def test_options_that_do_not_fit(tiny: Any, options: dict[str, Any], match: str)
         (dict(posterior_temperature=2.0, bottleneck="hard-em"), "--cluster-prior learned, hard-em"),
         (dict(em_samples=5, bottleneck="hard-em"), "--em-samples 5 changes nothing with"),
         (dict(codebook_update="literal", bottleneck="gumbel"), "it is for hard-em and soft-em"),
+        (dict(upsample_scale=3), "--upsample-scale 3 changes nothing without --output ctc"),
         (dict(gm_gamma=0.5), "--gm-gamma 0.5 changes nothing with --bottleneck soft-em"),
         (dict(bottleneck_args='{"levels": 8}'), "is for a class of another package; soft-em has"),
         (dict(semhash_discrete="0", bottleneck="gm-vq"), "it is for semhash"),

@@ -209,6 +209,15 @@ def test_checkpoints_are_chosen_by_what_is_computed(
     assert "--maximize-best-checkpoint-metric" in words
 
 
+def test_a_student_that_goes_on_has_no_second_warm_up(tmp_path: Path) -> None:
+    vq = {"arch": "vqem_transformer", "max_update": 3}
+    run = checked(run_of(tmp_path, vq=vq, longer={**vq, "from_student": "vq"}))
+    with pytest.raises(UserError, match=r"'longer' goes on .* give it quantise_schedule: 1"):
+        check(run)
+    longer = {**vq, "from_student": "vq", "quantise_schedule": 1}
+    check(checked(run_of(tmp_path, vq=vq, longer=longer)))
+
+
 def test_a_colon_in_the_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has a colon"):
         run_of(tmp_path / "a:b")

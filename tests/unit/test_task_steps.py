@@ -39,6 +39,19 @@ def train(model: VQEMTransformer, task: Any, batches: list[tuple[dict[str, Any],
     task.optimizer_step(optimiser, model, 0)
 
 
+@pytest.mark.parametrize("kind", ["soft-em", "gradient-vq"])
+def test_a_second_warm_up_does_not_overwrite_a_codebook(tiny: Any, kind: str) -> None:
+    """Of a model that goes on from a trained one, whose updates fairseq counts anew."""
+    task, batch = tiny.task(), tiny.batch(tiny.pairs(4))
+    model = tiny.model(task, bottleneck=kind, quantise_schedule="0:1@2-4")
+    train(model, task, [(batch, False)])
+    with pytest.raises(UserError, match="give it --quantise-schedule 1"):
+        train(model, task, [(batch, False)])
+    further = tiny.model(task, bottleneck=kind, quantise_schedule="1")
+    further.load_state_dict(model.state_dict())
+    train(further, task, [(batch, False)])
+
+
 @pytest.mark.parametrize("schedule", ["1", "0"])
 def test_a_dummy_batch_leaves_no_trace(tiny: Any, schedule: str) -> None:
     """Not even if it is accumulated after a real one, as at the end of an epoch."""
