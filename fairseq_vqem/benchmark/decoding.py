@@ -181,10 +181,18 @@ class Contest:
         self.names = list(builders)
         groups = process_groups({name: {"engine": each.engine} for name, each in builders.items()})
         self.processes = Processes(groups, seed=seed)
-        for name, builder in builders.items():
-            self.processes.hold(name, partial(TimedContender, builder, workload, counts))
+        self._made = {
+            name: partial(TimedContender, builder, workload, counts)
+            for name, builder in builders.items()
+        }
 
     def __enter__(self) -> Self:
+        try:
+            for name, make in self._made.items():
+                self.processes.hold(name, make)
+        except BaseException as error:
+            self.processes.__exit__(type(error))
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

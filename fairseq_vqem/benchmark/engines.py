@@ -114,7 +114,10 @@ class CTranslate2Engine:
         if known:
             raise UserError(f"the engine ctranslate2 has no option {', '.join(sorted(known))}")
         self.subwords = load_subwords(data)
-        (model,), _ = load_models(checkpoint, data, {})
+        models, _ = load_models(checkpoint, data, {})
+        if len(models) > 1:
+            raise UserError(f"CTranslate2 takes one AR Transformer, not {checkpoint}")
+        (model,) = models
         # not of the file, where parameters that are one may stand twice
         self.parameters = sum(weight.numel() for weight in model.parameters())
         self.longest = int(model.encoder.max_source_positions)

@@ -39,7 +39,7 @@ REQUIRED = (
     *("encoder.layers.0.fc1.weight", "decoder.layers.0.fc1.weight"),
     *("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
 )
-COMPUTES_OTHERWISE = ("no_scale_embedding", "no_token_positional_embeddings")  # than any student
+OF_EMBEDDINGS = ("no_scale_embedding", "no_token_positional_embeddings")
 
 
 def initialise_from_teacher(model: nn.Module, checkpoint: str) -> int:
@@ -108,10 +108,14 @@ def _check_parts(model: nn.Module, teacher: Mapping[str, Tensor], checkpoint: st
 
 def _check_computation(model: Any, config: Any, checkpoint: str) -> None:
     """What no shape shows: heads, activation, and what is done to embeddings."""
-    for name in COMPUTES_OTHERWISE:
-        if _option(config, name):
+    for name in OF_EMBEDDINGS:
+        own = getattr(model, "cfg", None) or getattr(model, "args", None)
+        if bool(_option(config, name)) != bool(_option(own, name)):
             flag = "--" + name.replace("_", "-")
-            raise UserError(f"--init-from {checkpoint}: train the teacher without {flag}")
+            raise UserError(
+                f"--init-from {checkpoint}: only one of teacher and student has {flag}; train both"
+                " without it"
+            )
     layer = model.encoder.layers[0]
     for side in ("encoder", "decoder"):
         heads = _option(config, f"{side}_attention_heads")

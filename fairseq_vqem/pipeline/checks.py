@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from fairseq_vqem.benchmark.engine_kinds import check_engine, check_options, engine_kind
+from fairseq_vqem.bottlenecks.base import Bottleneck, find_bottleneck
 from fairseq_vqem.corpora.distill import check_numbers, read_teaching
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.models.config import VQEMTransformerConfig
-from fairseq_vqem.pipeline.recipe import START, TEACHER, VQEM_TASK
-from fairseq_vqem.pipeline.stages import CHOICE, Run, distill_words, systems
+from fairseq_vqem.pipeline.recipe import START, TEACHER, VQEM_TASK, Options
+from fairseq_vqem.pipeline.stages import BLEU, Run, choice, distill_words, systems
 from fairseq_vqem.schedules import parse_schedule
 from fairseq_vqem.tasks.codebook import WARM_UP_AGAIN
 
@@ -23,16 +24,14 @@ def check(run: Run) -> None:
     """
     check_numbers(read_teaching(distill_words(run)))
     for model in (TEACHER, *run.recipe.students):
-        trained = {**CHOICE, **run.recipe.trained(model)}
+        trained = run.recipe.trained(model)
         validates = trained.get("eval_bleu") or trained.get("eval_latent_bleu")
-        if trained["best_checkpoint_metric"] == "bleu" and not validates:
+        if choice(trained)["best_checkpoint_metric"] == BLEU and not validates:
             raise UserError(
                 f"the checkpoints of {model!r} are chosen by BLEU: give it eval_bleu (with latents:"
                 " eval_latent_bleu), or another best_checkpoint_metric"
             )
-        schedule = trained.get("quantise_schedule", VQEMTransformerConfig.quantise_schedule)
-        latents = run.recipe.students.get(model, {}).get("task", VQEM_TASK) == VQEM_TASK
-        if START in trained and latents and parse_schedule(str(schedule)).start == 0:
+        if START in trained and _warms_up(trained):
             raise UserError(WARM_UP_AGAIN.format(repr(model), "quantise_schedule: 1"))
     for name, system in systems(run).items():
         engine, weights = system.options.get("engine", "fairseq"), system.options.get("weights")
@@ -48,3 +47,12 @@ def check(run: Run) -> None:
             check_options(system.options, system.task)
         except UserError as error:
             raise UserError(f"the engine {engine} of {name!r}: {error}") from error
+
+
+def _warms_up(trained: Options) -> bool:
+    """Whether a student's training begins by filling a codebook."""
+    default = VQEMTransformerConfig()
+    schedule = parse_schedule(str(trained.get("quantise_schedule", default.quantise_schedule)))
+    kind = find_bottleneck(str(trained.get("bottleneck", default.bottleneck)))
+    fills = kind.observe is not Bottleneck.observe
+    return trained.get("task", VQEM_TASK) == VQEM_TASK and fills and schedule.start == 0

@@ -56,8 +56,7 @@ LATENT_DECODING = [
     if name not in (*TranslationConfig.__dataclass_fields__, *OF_TRAINING)
 ]
 NAT_DECODING = ["remove_repeats", "length_span"]
-CHOICE: Options = {"best_checkpoint_metric": "bleu", "maximize_best_checkpoint_metric": True}
-"""Which of its checkpoints a model is, where the recipe does not say."""
+BLEU = "bleu"  # fairseq's name of what validation computes
 MAX_LENGTH: Options = {"max_len_a": 2, "max_len_b": 10}
 
 
@@ -151,7 +150,13 @@ def train_words(run: Run, data: Path, options: Options) -> tuple[list[str], int]
     words = [str(data), "--user-dir", USER_DIR, "-s", source, "-t", target]
     words += ["--seed", str(run.recipe.seed), "--no-epoch-checkpoints"]
     words += [] if run.device == "cuda" else ["--cpu"]
-    return words + flags({**CHOICE, **merged}), max_update
+    return words + flags({**choice(merged), **merged}), max_update
+
+
+def choice(options: Options) -> Options:
+    """Which of its checkpoints a model is, where its ``options`` do not say: the best BLEU's."""
+    known = options.get("best_checkpoint_metric") or BLEU
+    return {"best_checkpoint_metric": known, "maximize_best_checkpoint_metric": known == BLEU}
 
 
 def train_teacher(run: Run) -> None:

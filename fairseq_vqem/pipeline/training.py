@@ -22,7 +22,13 @@ OPTIONS = "options.json"
 ORIGIN = "origin.json"
 MEMORY = "memory.json"
 COMMITS = "commits.json"
-PATHS = ("", "--user-dir", "--init-from", "--finetune-from-model")  # the first is of the data
+PATHS = {
+    "": "data",
+    "--user-dir": None,
+    "--init-from": "teacher",
+    "--finetune-from-model": "student",
+}
+"""Flags whose value is a path, and what holds the checksum of what lies there, wherever that is."""
 
 
 def train(
@@ -87,8 +93,8 @@ def _check_same_training(
     recorded = read_json(sources) if sources.is_file() else None
     before, now = by_flag(read_json(options)), by_flag(words)
     unlike = sorted(flag for flag in {*before, *now} if before.get(flag) != now.get(flag))
-    if origin is not None:  # which says what lies at these paths, wherever that is
-        unlike = [flag for flag in unlike if flag not in PATHS]
+    moved = [flag for flag, known in PATHS.items() if known is None or known in (origin or ())]
+    unlike = [f for f in unlike if f not in moved or (f in before) != (f in now)]
     problem = f"with other options ({', '.join(unlike)})" if unlike else ""
     if not problem and recorded != (None if origin is None else dict(origin)):
         problem = "on other data"

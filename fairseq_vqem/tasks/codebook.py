@@ -15,9 +15,9 @@ WARM_UP_AGAIN = (
 
 
 def has_learned(bottleneck: nn.Module) -> bool:
-    """Whether a codebook has been filled with real outputs before."""
+    """Whether a warm-up has filled a codebook before."""
     return any(
-        name.rpartition(".")[2] in ("observed", "seen") and int(buffer) > 0
+        name.rpartition(".")[2] in ("observed", "seen") and buffer.numel() == 1 and buffer > 0
         for name, buffer in bottleneck.named_buffers()
     )
 

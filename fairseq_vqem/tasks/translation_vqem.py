@@ -80,6 +80,8 @@ def check_search(cfg: Any, candidates: int = 1) -> None:
             f"--latent-temperature is {cfg.latent_temperature}: it must be positive, or 0 to search"
             " the best codes"
         )
+    if str(cfg.rescore) == "teacher" and max(cfg.latent_candidates, candidates) < 2:
+        raise UserError("--rescore teacher needs at least --latent-candidates 2")
     several = max(cfg.latent_beam, cfg.latent_candidates, candidates) > 1
     if cfg.latent_length_reward and (not several or cfg.latent_temperature):
         raise UserError(

@@ -285,7 +285,7 @@ def test_run_makes_again_what_was_made_of_another_model(reported: Path) -> None:
         outcome = Workshop(reported).run("fairseq_vqem.cli", *words)
         assert outcome.status == 0, outcome.text
         assert ((out / "latency.json").stat().st_mtime_ns == before) == again
-    kept = {path: path.stat().st_mtime_ns for path in [*texts.glob("*.txt"), out / "latency.json"]}
+    kept = {path: path.stat().st_mtime_ns for path in [*texts.rglob("*.txt"), out / "latency.json"]}
     original = student.read_bytes()
     content = torch.load(student, weights_only=False)
     content["model"]["decoder.layer_norm.bias"] += 5.0
@@ -293,8 +293,8 @@ def test_run_makes_again_what_was_made_of_another_model(reported: Path) -> None:
     outcome = Workshop(reported).run("fairseq_vqem.cli", *words)
     student.write_bytes(original)
     assert outcome.status == 0, outcome.text
-    changed = {path.name for path, before in kept.items() if path.stat().st_mtime_ns != before}
-    assert changed == {"vqem.txt", "vqem-posterior.txt", "latency.json"}
+    changed = {path for path, before in kept.items() if path.stat().st_mtime_ns != before}
+    assert changed == {texts / "vqem.txt", texts / "posterior" / "vqem.txt", out / "latency.json"}
 
 
 @pytest.mark.parametrize("loss", ["dropped", "shuffled"])

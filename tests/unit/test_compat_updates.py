@@ -80,6 +80,22 @@ def test_the_average_of_a_model_copies_its_counters(kind: str, fp32: bool) -> No
 
 
 @pytest.mark.parametrize("fp32", [False, True])
+def test_the_average_of_half_a_transformer_counts_shared_embeddings_once(
+    tiny: Any, fp32: bool
+) -> None:
+    model = tiny.model().bfloat16()
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    ema = EMA(model, EMAConfig(store_ema=True, ema_decay=0.75, ema_fp32=fp32))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(4)
+    ema.step(model, 1)
+    averaged = ema.get_model().state_dict()
+    for name in ("decoder.output_projection.weight", "encoder.layers.0.fc1.weight"):
+        torch.testing.assert_close(averaged[name], start[name] + 1, rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("fp32", [False, True])
 def test_the_average_of_a_transformer_keeps_its_last_normalisations(tiny: Any, fp32: bool) -> None:
     model = tiny.model()
     start = {name: value.clone() for name, value in model.state_dict().items()}

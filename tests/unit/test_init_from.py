@@ -149,8 +149,8 @@ def test_init_from_is_not_read_for_a_checkpoint(tiny: Any) -> None:
         ({"encoder_attention_heads": 4}, "encoder has 4 attention heads and this model's 2"),
         ({"decoder_attention_heads": 4}, "decoder has 4 attention heads and this model's 2"),
         ({"activation_fn": "gelu"}, "--activation-fn gelu is not this model's"),
-        ({"no_scale_embedding": True}, "without --no-scale-embedding"),
-        ({"no_token_positional_embeddings": True}, "without --no-token-positional-embeddings"),
+        ({"no_scale_embedding": True}, "only one of teacher and student has --no-scale-embedding"),
+        ({"no_token_positional_embeddings": True}, "student has --no-token-positional-embeddings"),
     ],
 )
 def test_teachers_that_compute_otherwise_are_refused(

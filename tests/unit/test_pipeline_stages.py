@@ -152,6 +152,7 @@ def test_every_way_to_decode_has_what_the_training_was_given(tmp_path: Path) -> 
         ({"student": "vq", "latent_beam": "x"}, "wrong value: latent_beam"),
         ({"student": "vq", "rescore": "techer"}, "wrong value: rescore"),
         ({"student": "vq", "latent_length_reward": 1}, "--latent-length-reward chooses"),
+        ({"student": "vq", "rescore": "teacher"}, "at least --latent-candidates 2"),
         ({"student": "teacher", "iter_decode_max_iter": 4}, "does not read iter_decode_max_iter"),
         ({"beam": 4}, "a parallel model does not read beam"),
         ({"student": "teacher", "engine": "ctranslate2", "compute_type": "int4"}, "'int4': choose"),
@@ -194,8 +195,7 @@ def test_checkpoints_are_chosen_by_what_is_computed(
     run = replace(run, recipe=replace(run.recipe, teacher={"eval_bleu": True}))
     with pytest.raises(UserError, match="checkpoints of 'first' are chosen by BLEU"):
         check(run)
-    choice = {"best_checkpoint_metric": "loss", "maximize_best_checkpoint_metric": False}
-    students = {**run.recipe.students, "first": {**NAT, **choice}}
+    students = {**run.recipe.students, "first": {**NAT, "best_checkpoint_metric": "loss"}}
     run = replace(run, recipe=replace(run.recipe, students=students))
     check(run)
     stages.train_student(run, "first")
@@ -216,6 +216,9 @@ def test_a_student_that_goes_on_has_no_second_warm_up(tmp_path: Path) -> None:
         check(run)
     longer = {**vq, "from_student": "vq", "quantise_schedule": 1}
     check(checked(run_of(tmp_path, vq=vq, longer=longer)))
+    nothing_to_overwrite = {**vq, "bottleneck": "semhash"}
+    longer = {**nothing_to_overwrite, "from_student": "vq"}
+    check(checked(run_of(tmp_path, vq=nothing_to_overwrite, longer=longer)))
 
 
 def test_a_colon_in_the_folder_is_refused(tmp_path: Path) -> None:

@@ -82,6 +82,18 @@ def test_a_training_may_be_moved(tmp_path: Path) -> None:
     train(tmp_path, moved, "a run", 10, {"data": "abc", "teacher": "def"})
     with pytest.raises(UserError, match="on other data"):
         train(tmp_path, moved, "a run", 10, {"data": "abc", "teacher": "another"})
+    without = [word for word in moved if word not in ("--init-from", "new/teacher.pt")]
+    with pytest.raises(UserError, match=r"with other options \(--init-from\)"):
+        train(tmp_path, without, "a run", 10, {"data": "abc", "teacher": "def"})
+
+
+def test_a_path_of_unknown_content_is_an_option(tmp_path: Path) -> None:
+    words = [*WORDS, "--init-from", "a.pt"]
+    train_folder = finished(tmp_path, data="abc").parent
+    write_json(train_folder / OPTIONS, [*read_json(train_folder / OPTIONS), "--init-from", "a.pt"])
+    train(tmp_path, words, "a run", 10, {"data": "abc"})
+    with pytest.raises(UserError, match=r"with other options \(--init-from\)"):
+        train(tmp_path, [*WORDS, "--init-from", "b.pt"], "a run", 10, {"data": "abc"})
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,7 @@ def test_every_recipe_of_the_project_can_be_read(
             run = Run(read_recipe(path, scale), tmp_path, "cpu")
         except UserError as error:
             assert scale == "gpu" and "is of one scale: leave --scale gpu out" in str(error)
+            assert path.parent.name != "paper" or path.stem in ("table4-cpu", "table4-gpu")
             continue
         assert {TEACHER_BEAM, TEACHER_GREEDY} < set(systems(run))
         checks.check(run)
