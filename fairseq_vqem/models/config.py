@@ -170,6 +170,14 @@ def _check_output(cfg: VQEMTransformerConfig) -> None:
         raise UserError("--output ctc aligns whole sentences: leave out --causal-decoder")
 
 
+def _check_frames(cfg: Any) -> None:
+    if str(cfg.output) != "ctc" and cfg.upsample_scale != VQEMTransformerConfig.upsample_scale:
+        raise UserError(
+            f"--upsample-scale {cfg.upsample_scale} changes nothing without --output ctc: leave it"
+            " out"
+        )
+
+
 def _check_read(cfg: Any, kind: type[Bottleneck], name: str) -> None:
     """Refuse what other bottlenecks read and this one does not."""
     if kind.reads is None:
@@ -218,11 +226,8 @@ def check_effective(cfg: Any) -> None:
 
     A finished checkpoint may have them all the same.
     """
-    if str(cfg.output) != "ctc" and cfg.upsample_scale != VQEMTransformerConfig.upsample_scale:
-        raise UserError(
-            f"--upsample-scale {cfg.upsample_scale} changes nothing without --output ctc: leave it"
-            " out"
-        )
+    if hasattr(cfg, "upsample_scale"):  # pictures have none
+        _check_frames(cfg)
     kind, name = find_bottleneck(cfg.bottleneck), str(cfg.bottleneck)
     single = cfg.num_codebooks == 1
     if str(cfg.codebook_split) != "slice" and single:
