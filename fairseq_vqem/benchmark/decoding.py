@@ -181,14 +181,12 @@ class Contest:
         self.names = list(builders)
         groups = process_groups({name: {"engine": each.engine} for name, each in builders.items()})
         self.processes = Processes(groups, seed=seed)
-        self._made = {
-            name: partial(TimedContender, builder, workload, counts)
-            for name, builder in builders.items()
-        }
+        self._builders, self._workload, self._counts = builders, workload, counts
 
     def __enter__(self) -> Self:
         try:
-            for name, make in self._made.items():
+            for name, builder in self._builders.items():
+                make = partial(TimedContender, builder, self._workload, self._counts)
                 self.processes.hold(name, make)
         except BaseException as error:
             self.processes.__exit__(type(error))

@@ -247,7 +247,8 @@ def _generation_config(options: Mapping[str, Any]) -> DictConfig:
             f"fairseq's generation has no option {', '.join(unknown)}; "
             "pass options of the task as task_overrides."
         )
-    if (beam := options.get("beam", 1)) is not None and isinstance(beam, int) and beam < 1:
+    beam = options.get("beam", 1)
+    if isinstance(beam, int) and beam < 1:
         raise UserError(f"beam is {beam}: it must be at least 1")
     try:
         return cast(

@@ -109,8 +109,7 @@ def _check_parts(model: nn.Module, teacher: Mapping[str, Tensor], checkpoint: st
 def _check_computation(model: Any, config: Any, checkpoint: str) -> None:
     """What no shape shows: heads, activation, and what is done to embeddings."""
     for name in OF_EMBEDDINGS:
-        own = getattr(model, "cfg", None) or getattr(model, "args", None)
-        if bool(_option(config, name)) != bool(_option(own, name)):
+        if bool(_option(config, name)) != bool(_option(model.cfg, name)):
             flag = "--" + name.replace("_", "-")
             raise UserError(
                 f"--init-from {checkpoint}: only one of teacher and student has {flag}; train both"
