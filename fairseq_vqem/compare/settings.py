@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from fairseq_vqem.errors import UserError
-from fairseq_vqem.pipeline.recipe import Recipe, is_count
-from fairseq_vqem.pipeline.stages import TEACHER, TEACHER_BEAM, TEACHER_GREEDY
+from fairseq_vqem.pipeline.recipe import FOLDERS, Recipe, is_count
+from fairseq_vqem.pipeline.stages import TEACHER_BEAM, TEACHER_GREEDY
 
 COUNTS = ("decode_batch_size", "throughput_sentences", "throughput_repeats")
 KEPT = "compare"  # the folder of what further calls and further recipes can use
-FOLDERS = ("corpus", "distilled", "translations")  # of other stages
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ def read_settings(recipe: Recipe, systems: Collection[str]) -> Settings:
             raise UserError(f"the compare option {name} is {value}: it must be at least 1")
     if settings.comet:
         check_comet(settings.comet)
-    taken = {KEPT, *FOLDERS, TEACHER, *recipe.students}
+    taken = {*FOLDERS, *recipe.students}
     if not re.fullmatch(r"[\w.+-]+", recipe.name) or recipe.name in taken:
         raise UserError(
             f"the recipe's name, {recipe.name!r}, is that of the folder of its report: use letters,"

@@ -26,6 +26,7 @@ from fairseq_vqem.corpora.files import (
     write_json,
     write_lines,
 )
+from fairseq_vqem.corpora.more_source import MoreSource, more_source
 from fairseq_vqem.corpora.reading import languages, read_text
 from fairseq_vqem.corpora.subwords import load_subwords
 from fairseq_vqem.corpora.teaching import Teaching, merged_shards, translate_shards
@@ -56,9 +57,17 @@ class DistillReport:
     """Wall time of this run; shards of earlier runs cost nothing."""
     shards_found: int
     """Shards that an earlier run had finished."""
+    more_source: str | None = None
+    """SHA-256 of the text of `--more-source`."""
+    more_sentences: int = 0
+    """Of that text, behind the train split; all numbers above are of the train split alone."""
+    more_left_out: int = 0
+    """Of that text: nothing new, or without an end to its translation."""
 
 
-def distill(teaching: Teaching, text: Path | None = None) -> DistillReport:
+def distill(
+    teaching: Teaching, text: Path | None = None, further: Path | None = None
+) -> DistillReport:
     """Translate the train split and binarise the result with the same subwords and dictionaries.
 
     Under ``teaching.out`` afterwards: the binarised data, ``distill-report.json``, ``text/`` (what
@@ -67,6 +76,8 @@ def distill(teaching: Teaching, text: Path | None = None) -> DistillReport:
     Args:
         text: raw text that `teaching.data` was made from. Without it the text is decoded from the
             binarised data, which must give the very same text.
+        further: a file of sentences in the source language alone, see `more_source`; their
+            translations come behind the train split.
 
     Raises:
         UserError: an input is missing, `out` holds another distillation, or text is not to be had
@@ -77,16 +88,15 @@ def distill(teaching: Teaching, text: Path | None = None) -> DistillReport:
     text = text or _decoded_text(teaching)
     _check_text(teaching, text)
     check_plan(teaching)
+    more = more_source(teaching, further, text) if further else None
     (teaching.out / REPORT).unlink(missing_ok=True)  # it says that all is done
-    pending = [n for n in range(teaching.shards) if not teaching.shard_file(n).is_file()]
-    for done, shard in enumerate(translate_shards(teaching, pending), start=1):
-        minutes = (time.monotonic() - started) / 60
-        print(f"shard {shard}: {done}/{len(pending)} after {minutes:.1f} min", flush=True)
     source_lang, target_lang = languages(teaching.data)
     sources = list(read_lines(text / f"train.{source_lang}"))
     references = list(read_lines(text / f"train.{target_lang}"))
-    records = merged_shards(teaching, len(sources))
-    targets = _write_text(teaching, sources, references, records)
+    pending = _pending(teaching)
+    records = _taught(teaching, len(sources))
+    taught = _taught_more(more) if more else []
+    targets = _write_text(teaching, sources, references, records, taught)
     _binarise(teaching, text)
     report = DistillReport(
         sentences=len(sources),
@@ -100,10 +110,37 @@ def distill(teaching: Teaching, text: Path | None = None) -> DistillReport:
         bleu_against_reference=_bleu(targets, references, target_lang),
         seconds=time.monotonic() - started,
         shards_found=teaching.shards - len(pending),
+        more_source=count_and_checksum(further)[1] if further else None,
+        more_sentences=len(taught),
+        more_left_out=more.left_out + len(more.sentences) - len(taught) if more else 0,
     )
     signature = make_signature(data=teaching.data, device=teaching.device, dtype=teaching.dtype)
     write_result(teaching.out / REPORT, asdict(report), signature)
     return report
+
+
+def _pending(teaching: Teaching) -> list[int]:
+    return [n for n in range(teaching.shards) if not teaching.shard_file(n).is_file()]
+
+
+def _taught(teaching: Teaching, count: int) -> list[str | None]:
+    """The teacher's pieces for each of ``count`` sentences; None where one is too long for it."""
+    started, pending = time.monotonic(), _pending(teaching)
+    for done, shard in enumerate(translate_shards(teaching, pending), start=1):
+        minutes = (time.monotonic() - started) / 60
+        print(f"shard {shard}: {done}/{len(pending)} after {minutes:.1f} min", flush=True)
+    return merged_shards(teaching, count)
+
+
+def _taught_more(more: MoreSource) -> list[tuple[str, str]]:
+    """Further sentences with the teacher's pieces, where it came to an end."""
+    check_plan(more.teaching)
+    records = _taught(more.teaching, len(more.sentences))
+    return [
+        (sentence, record)
+        for sentence, record in zip(more.sentences, records, strict=True)
+        if record and len(record.split()) < more.teaching.max_length
+    ]
 
 
 def _bleu(targets: Sequence[str], references: Sequence[str], language: str) -> float:
@@ -123,6 +160,12 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, required=True, help="binarised data of the teacher")
     parser.add_argument("--out", type=Path, required=True, help="receives the distilled data")
     parser.add_argument("--text", type=Path, help="raw text of --data (default: decoded from it)")
+    parser.add_argument(
+        "--more-source",
+        type=Path,
+        metavar="FILE",
+        help="further sentences in the source language, one a line, to learn from as well",
+    )
     parser.add_argument("--beam", type=int, default=4)
     parser.add_argument("--lenpen", type=float, default=1.0, help="length penalty")
     parser.add_argument("--max-length", type=int, default=200, help="longest output in subwords")
@@ -151,7 +194,7 @@ def _teaching(arguments: argparse.Namespace) -> Teaching:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    report = distill(_teaching(arguments), arguments.text)
+    report = distill(_teaching(arguments), arguments.text, arguments.more_source)
     for name, value in asdict(report).items():
         shown = f"{value:.3f}" if isinstance(value, float) else value
         print(f"{name.replace('_', ' ')}: {shown}")
@@ -255,8 +298,13 @@ def _write_text(
     sources: Sequence[str],
     references: Sequence[str],
     records: Sequence[str | None],
+    more: Sequence[tuple[str, str]],
 ) -> list[str]:
-    """Write both sides of the distilled train split as text, and the pieces; return the targets."""
+    """Write both sides of the distilled train split as text, and the pieces; return the targets.
+
+    Args:
+        more: further sentences and their pieces, which come behind.
+    """
     source_lang, target_lang = languages(teaching.data)
     subwords = load_subwords(teaching.data)
     targets = [
@@ -264,13 +312,15 @@ def _write_text(
         for reference, record in zip(references, records, strict=True)
     ]
     folder = teaching.out / "text"
-    write_lines(folder / f"train.{source_lang}", sources)
-    write_lines(folder / f"train.{target_lang}", targets)
+    decoded = (subwords.decode(record) for _, record in more)
+    write_lines(folder / f"train.{source_lang}", [*sources, *(sentence for sentence, _ in more)])
+    write_lines(folder / f"train.{target_lang}", [*targets, *decoded])
     pieces = (
         subwords.encode(reference) if record is None else record
         for reference, record in zip(references, records, strict=True)
     )
-    write_lines(folder / f"train.pieces.{target_lang}", pieces)
+    behind = (record for _, record in more)
+    write_lines(folder / f"train.pieces.{target_lang}", [*pieces, *behind])
     return targets
 
 

@@ -16,14 +16,18 @@ Options = dict[str, Any]
 EXTENDS, SCALE = "extends", "{scale}"
 CPU = "cpu"  # the scale where none is chosen
 START = "from_student"
-STAGE = ("task", "max_update", "distilled", "from_teacher", START, "generate")  # read by the stages
+MORE_SOURCE = "more_source"  # of a recipe, and of the students that learn from it
+DISTILLED, DISTILLED_MORE = "distilled", "distilled-more"  # targets, and their folders
+# read by the stages
+STAGE = ("task", "max_update", DISTILLED, MORE_SOURCE, "from_teacher", START, "generate")
 LANGUAGES = ("lang", "source_lang", "target_lang")  # of prepare
 LATENCY = {"sentences": 1, "repeats": 1, "burn_in": 0, "threads": 1}  # and the least of each
 VQEM_TASK = "translation_vqem"
 TEACHER = "teacher"  # its folder
 RESERVED = ("source", "reference")  # columns of the translations beside the systems
 TEACHER_BEAM_SIZE = 4  # the row is named after it
-FOLDERS = (TEACHER, "corpus", "distilled", "translations", "compare", ".", "..")  # in use
+# in use
+FOLDERS = (TEACHER, "corpus", "more-source", DISTILLED, DISTILLED_MORE, "translations", "compare")
 FORBIDDEN = {"students": ":/\\=", "variants": "="}  # folders, and both go into NAME=VALUE
 REQUIRED = ("name", "prepare", "common", "teacher", "students")
 
@@ -41,9 +45,12 @@ class Recipe:
         common: fairseq-train options of teacher and students alike.
         teacher: fairseq-train options of the AR teacher.
         distill: options of ``fairseq-vqem distill``.
+        more_source: arguments of ``fairseq-vqem prepare`` for further sentences, of which the
+            source side alone is used, or ``file`` and the path of such sentences, one a line.
         latent_student: fairseq-train options of every student with latents.
         students: for each student by name, its fairseq-train options, and among them
-            ``distilled`` (true: distilled targets), ``from_teacher`` (true: ``--init-from``),
+            ``distilled`` (true: distilled targets), ``more_source`` (true: the teacher's
+            translations of those sentences as well), ``from_teacher`` (true: ``--init-from``),
             ``from_student`` (name of a student before it, whose model it goes on with, and whose
             options it has but for its own) and ``generate`` (options of decoding). ``null`` hides
             an option that it would have from elsewhere.
@@ -61,6 +68,7 @@ class Recipe:
     teacher: Options
     students: dict[str, Options]
     distill: Options = field(default_factory=dict)
+    more_source: Options = field(default_factory=dict)
     latent_student: Options = field(default_factory=dict)
     decode: Options = field(default_factory=dict)
     variants: dict[str, Options] = field(default_factory=dict)
@@ -110,7 +118,7 @@ def read_recipe(path: Path, scale: str = CPU) -> Recipe:
                 raise UserError(f"{path}: {name!r} among the {key} is {options}, not options")
             if not isinstance(name, str):
                 raise UserError(f"{path}: {name} among the {key} is not a text: put it in quotes")
-            if name in RESERVED or (key == "students" and name in FOLDERS):
+            if name in RESERVED or (key == "students" and name in (*FOLDERS, ".", "..")):
                 raise UserError(f"{path}: {name!r} among the {key} needs another name")
             if set(name) & set(forbidden):
                 raise UserError(
@@ -126,12 +134,7 @@ def read_recipe(path: Path, scale: str = CPU) -> Recipe:
 
 def _check_stages(recipe: Recipe) -> None:
     """Refuse what would otherwise fail after hours of other stages."""
-    if not isinstance(recipe.prepare.get("corpus"), str):
-        raise UserError("prepare lacks the name of a corpus")
-    for option in LANGUAGES:
-        language = recipe.prepare.get(option, "")
-        if not isinstance(language, str):  # YAML reads no (Norwegian) as false
-            raise UserError(f"the {option} of prepare is {language}: put it in quotes")
+    _check_corpora(recipe)
     if not recipe.students:
         raise UserError("there are no students: give at least one")
     for name in ("teacher", *recipe.students):
@@ -153,6 +156,30 @@ def _check_stages(recipe: Recipe) -> None:
         value = recipe.latency.get(name, smallest)
         if not is_count(value, smallest):
             raise UserError(f"the latency option {name} is {value}: it must be at least {smallest}")
+
+
+def _check_corpora(recipe: Recipe) -> None:
+    if not isinstance(recipe.prepare.get("corpus"), str):
+        raise UserError("prepare lacks the name of a corpus")
+    for key, options in (("prepare", recipe.prepare), (MORE_SOURCE, recipe.more_source)):
+        for option in LANGUAGES:
+            language = options.get(option, "")
+            if not isinstance(language, str):  # YAML reads no (Norwegian) as false
+                raise UserError(f"the {option} of {key} is {language}: put it in quotes")
+    for name, student in recipe.students.items():
+        if not student.get(MORE_SOURCE):
+            continue
+        if not student.get(DISTILLED, True):
+            raise UserError(
+                f"{name!r} learns from {MORE_SOURCE}, which a teacher translates: leave out"
+                f" {DISTILLED}: false"
+            )
+        given = {"corpus", "file"} & set(recipe.more_source)
+        if len(given) != 1 or not all(isinstance(recipe.more_source[key], str) for key in given):
+            raise UserError(
+                f"{name!r} learns from {MORE_SOURCE}: say there which corpus, or which file of"
+                " sentences"
+            )
 
 
 def is_count(value: Any, smallest: int) -> bool:

@@ -22,6 +22,7 @@ from fairseq_vqem.benchmark.tables import (
 from fairseq_vqem.corpora.distill import REPORT
 from fairseq_vqem.corpora.files import read_json, write_columns
 from fairseq_vqem.corpora.reading import languages
+from fairseq_vqem.pipeline.recipe import DISTILLED, DISTILLED_MORE
 from fairseq_vqem.pipeline.stages import (
     TEACHER_GREEDY,
     VQEM_TASK,
@@ -71,7 +72,7 @@ def write_report(run: Run) -> str:
         sacrebleu=metrics,
         engines=engine_versions(system.options for system in systems(run).values()),
     )
-    distilled = run.distilled / REPORT
+    reports = [run.learned(targets) / REPORT for targets in (DISTILLED, DISTILLED_MORE)]
     table = ResultTable(run.recipe.name, rows, COLUMNS)
     write_table(
         run.out / "result.json",
@@ -80,7 +81,7 @@ def write_report(run: Run) -> str:
         paired_bootstrap_against_greedy_teacher=[asdict(each) for each in paired],
         training={name: training_summary(run.out / name) for name in ("teacher", *students)},
         threads=read_json(latency)["threads"],
-        distillation=read_json(distilled) if distilled.is_file() else None,
+        distillation=[read_json(report) for report in reports if report.is_file()],
         recipe=asdict(run.recipe),
     )
     texts = {"source": sources, "reference": references, **hypotheses}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from fairseq_vqem.benchmark.signature import device_name
 from fairseq_vqem.corpora.binarise import data_checksum
 from fairseq_vqem.corpora.distill import REPORT, check_plan, plan_file, read_teaching
 from fairseq_vqem.corpora.files import (
+    count_and_checksum,
     file_sha256,
     read_json,
     read_lines,
@@ -34,6 +36,9 @@ from fairseq_vqem.generation.api import checked_device
 from fairseq_vqem.peers.alignments import alignment_prefix
 from fairseq_vqem.pipeline.kept import file_name, forget, identity, is_current, remember
 from fairseq_vqem.pipeline.recipe import (
+    DISTILLED,
+    DISTILLED_MORE,
+    MORE_SOURCE,
     START,
     TEACHER,
     TEACHER_BEAM_SIZE,
@@ -46,6 +51,7 @@ from fairseq_vqem.pipeline.training import train
 from fairseq_vqem.tasks.translation_vqem import TranslationVQEMConfig
 
 USER_DIR = str(Path(__file__).parents[1])
+RAW = "raw"
 ALIGNED_BY = "alignments.json"
 TEACHER_GREEDY, TEACHER_BEAM = "teacher, greedy", f"teacher, beam {TEACHER_BEAM_SIZE}"
 BATCH_SIZE = 64
@@ -68,7 +74,7 @@ class System:
     task: str
     options: Options
     data: str
-    """What it learned from: ``raw`` or ``distilled`` targets."""
+    """What it learned from, see `targets_of`."""
     model: str
     """The teacher or the student that it decodes."""
     device: str
@@ -96,8 +102,15 @@ class Run:
         return self.out / "corpus" / "binarised"
 
     @property
-    def distilled(self) -> Path:
-        return self.out / "distilled"
+    def more_source(self) -> Path:
+        """Sentences without translations."""
+        if "file" in self.recipe.more_source:
+            return Path(self.recipe.more_source["file"])
+        return self.out / "more-source" / "raw" / f"train.{languages(self.data)[0]}"
+
+    def learned(self, targets: str) -> Path:
+        """The data with such `targets_of`."""
+        return self.data if targets == RAW else self.out / targets
 
     @property
     def teacher(self) -> Path:
@@ -135,11 +148,17 @@ def _status(command: Sequence[str], **streams: Any) -> int:
 
 
 def prepare(run: Run) -> None:
-    """The corpus, its subwords and its binarised form."""
-    options = dict(run.recipe.prepare)
-    corpus = options.pop("corpus")
-    words = ["fairseq_vqem.cli", "prepare", corpus, "--out", str(run.out / "corpus")]
-    run_command([*words, *flags(options)])
+    """The corpus, its subwords and its binarised form; of further source the text matters."""
+    _prepare(run.recipe.prepare, run.out / "corpus")
+    if DISTILLED_MORE in _all_targets(run) and "file" not in run.recipe.more_source:
+        _prepare(run.recipe.more_source, run.out / "more-source")
+
+
+def _prepare(options: Options, out: Path) -> None:
+    further = dict(options)
+    corpus = further.pop("corpus")
+    words = ["fairseq_vqem.cli", "prepare", corpus, "--out", str(out)]
+    run_command([*words, *flags(further)])
 
 
 def train_words(run: Run, data: Path, options: Options) -> tuple[list[str], int]:
@@ -170,39 +189,68 @@ def distill(run: Run) -> None:
     Raises:
         UserError: they are there already, but of another teacher or made with other options.
     """
-    if not any(learns_from_teacher(student) for student in run.recipe.students.values()):
-        return
-    words = distill_words(run)
+    for targets in sorted(_all_targets(run) - {RAW}):  # the one with more source last
+        words, folder = distill_words(run, targets), run.learned(targets)
+        if _is_distilled(run, targets):
+            check_plan(read_teaching(words))
+            print(f"{targets}: finished before")
+            continue
+        if targets == DISTILLED_MORE:
+            _start_with(run.learned(DISTILLED), folder)
+        run_command(["fairseq_vqem.cli", "distill", *words])
+
+
+def _is_distilled(run: Run, targets: str) -> bool:
+    report = run.learned(targets) / REPORT
     # Without the plan nothing says whose translations they are.
-    if (run.distilled / REPORT).is_file() and plan_file(run.distilled).is_file():
-        check_plan(read_teaching(words))
-        print("distillation: finished before")
+    if not report.is_file() or not plan_file(report.parent).is_file():
+        return False
+    if targets == DISTILLED:
+        return True
+    return bool(read_json(report)[MORE_SOURCE] == count_and_checksum(run.more_source)[1])
+
+
+def _start_with(finished: Path, folder: Path) -> None:
+    """Take over the translations of a distillation without further source."""
+    if not plan_file(finished).is_file() or plan_file(folder).is_file():
         return
-    run_command(["fairseq_vqem.cli", "distill", *words])
+    shards = sorted(plan_file(finished).parent.glob("*.jsonl"))
+    for path in (plan_file(finished), *shards):  # with the plan alone one can go on
+        with replacing(plan_file(folder).with_name(path.name)) as temporary:
+            shutil.copyfile(path, temporary)
 
 
-def distill_words(run: Run) -> list[str]:
+def distill_words(run: Run, targets: str = DISTILLED) -> list[str]:
     """Arguments of ``fairseq-vqem distill``."""
-    words = ["--teacher", str(run.teacher), "--data", str(run.data), "--out", str(run.distilled)]
+    out = str(run.learned(targets))
+    words = ["--teacher", str(run.teacher), "--data", str(run.data), "--out", out]
     words += ["--text", str(run.out / "corpus" / "raw")]
+    words += ["--more-source", str(run.more_source)] if targets == DISTILLED_MORE else []
     return [*words, *flags({"beam": 4, **run.recipe.distill, "device": run.device})]
 
 
-def learns_from_teacher(student: Options) -> bool:
-    """Whether a student of a recipe learns from distilled targets."""
-    return bool(student.get("distilled", True))
+def targets_of(student: Options) -> str:
+    """What a student of a recipe learns from: raw, distilled or, with more source, both."""
+    if not student.get(DISTILLED, True):
+        return RAW
+    return DISTILLED_MORE if student.get(MORE_SOURCE) else DISTILLED
+
+
+def _all_targets(run: Run) -> set[str]:
+    return {targets_of(student) for student in run.recipe.students.values()}
 
 
 def train_student(run: Run, name: str) -> None:
-    """A student on distilled targets, or on the original ones with ``distilled: false``."""
+    """A student on its `targets_of`."""
     options = dict(run.recipe.students[name])
     decoding = options.pop("generate", {})
     options = {"task": VQEM_TASK, **options}
     if options["task"] == VQEM_TASK:
         validation = _validation_options(decoding)
         options = {"criterion": "vqem_loss", **run.recipe.latent_student, **options, **validation}
-    data = run.distilled if learns_from_teacher(options) else run.data
-    options.pop("distilled", None)
+    data = run.learned(targets_of(options))
+    for name_of_targets in (DISTILLED, MORE_SOURCE):
+        options.pop(name_of_targets, None)
     origin = _origin(data)
     if options.pop("from_teacher", False):
         options["init_from"] = str(run.teacher)
@@ -273,7 +321,7 @@ def systems(run: Run) -> dict[str, System]:
 
 
 def _system(run: Run, model: str, options: Options) -> System:
-    student = run.recipe.students.get(model, {"task": "translation", "distilled": False})
+    student = run.recipe.students.get(model, {"task": "translation", DISTILLED: False})
     task, trained = student.get("task", VQEM_TASK), run.recipe.trained(model)
     decoding = {VQEM_TASK: LATENT_DECODING, "translation_nat": NAT_DECODING}.get(task, [])
     # fairseq-generate forgets what the training was given
@@ -282,8 +330,7 @@ def _system(run: Run, model: str, options: Options) -> System:
     checkpoints = str(run.student(model))
     if options.get("rescore") == "teacher" or options.get("iter_decode_with_external_reranker"):
         checkpoints += f":{run.teacher}"
-    data = "distilled" if learns_from_teacher(student) else "raw"
-    return System(checkpoints, task, dict(options), data, model, run.device)
+    return System(checkpoints, task, dict(options), targets_of(student), model, run.device)
 
 
 def translate(run: Run, name: str) -> None:

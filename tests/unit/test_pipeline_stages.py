@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 from fairseq_vqem.benchmark.engine_kinds import ENGINES
 from fairseq_vqem.corpora import distill as distill_module
-from fairseq_vqem.corpora.files import file_sha256
+from fairseq_vqem.corpora.files import count_and_checksum, file_sha256
 from fairseq_vqem.corpora.teaching import Teaching
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.pipeline import kept, stages
@@ -279,8 +280,9 @@ def with_teacher(run: stages.Run, content: bytes) -> None:
 def test_translations_of_another_teacher_are_refused(tmp_path: Path, commands: list[str]) -> None:
     run = run_of(tmp_path)
     with_teacher(run, b"a model")
-    distill_module.check_plan(Teaching(str(run.teacher), run.data, run.distilled))  # records it
-    (run.distilled / distill_module.REPORT).write_text("{}")
+    teaching = Teaching(str(run.teacher), run.data, run.learned("distilled"))
+    distill_module.check_plan(teaching)  # records it
+    (run.learned("distilled") / distill_module.REPORT).write_text("{}")
     stages.distill(run)
     with_teacher(run, b"another model")
     with pytest.raises(UserError, match="holds a distillation with other teachers"):
@@ -296,8 +298,8 @@ def test_a_distillation_without_a_plan_is_made_again(tmp_path: Path, commands: l
     """Else it would pass for the work of whatever teacher is there now."""
     run = run_of(tmp_path)
     with_teacher(run, b"another model")
-    run.distilled.mkdir()
-    (run.distilled / distill_module.REPORT).write_text("{}")
+    run.learned("distilled").mkdir()
+    (run.learned("distilled") / distill_module.REPORT).write_text("{}")
     stages.distill(run)
     assert commands == ["distill"]
 
@@ -309,9 +311,11 @@ def test_options_of_a_distillation_are_read_the_same_each_time(
     with_teacher(run, b"a model")
     given = {"beam": "4", "lenpen": "6e-1", "max-length": 99, "max_tokens": None, "text": "x"}
     run = replace(run, recipe=replace(run.recipe, distill=given))
-    teaching = Teaching(str(run.teacher), run.data, run.distilled, lenpen=0.6, max_length=99)
+    teaching = Teaching(
+        str(run.teacher), run.data, run.learned("distilled"), lenpen=0.6, max_length=99
+    )
     distill_module.check_plan(teaching)
-    (run.distilled / distill_module.REPORT).write_text("{}")
+    (run.learned("distilled") / distill_module.REPORT).write_text("{}")
     stages.distill(run)
     assert not commands
     with pytest.raises(SystemExit):  # by argparse
@@ -327,6 +331,51 @@ def test_nothing_is_distilled_for_nobody(
     )
     stages.distill(run)
     assert commands == made
+
+
+def test_more_source_has_a_distillation_of_its_own(
+    tmp_path: Path, commands: list[str], trained: dict[str, Any]
+) -> None:
+    run = run_of(tmp_path, more={**NAT, "more_source": True})
+    lines = tmp_path / "lines.txt"
+    lines.write_text("A sentence.\n")
+    run = replace(run, recipe=replace(run.recipe, more_source={"file": str(lines)}))
+    with_teacher(run, b"a model")
+    distilled, more = run.learned("distilled"), run.learned("distilled-more")
+    distill_module.check_plan(Teaching(str(run.teacher), run.data, distilled))
+    (distilled / "shards" / "00000.jsonl").write_text('[0, "x"]\n')
+    (distilled / distill_module.REPORT).write_text("{}")
+    stages.distill(run)
+    assert commands == ["distill"]  # not of the first student's
+    assert (more / "shards" / "00000.jsonl").read_text() == '[0, "x"]\n'
+    words = stages.distill_words(run, "distilled-more")
+    distill_module.check_plan(distill_module.read_teaching(words))  # as it would be
+    checksum = count_and_checksum(lines)[1]
+    (more / distill_module.REPORT).write_text(json.dumps({"more_source": checksum}))
+    stages.distill(run)
+    assert commands == ["distill"]
+    lines.write_text("Another.\n")
+    stages.distill(run)
+    assert commands == ["distill", "distill"]
+    for name, data in (("first", distilled), ("more", more)):
+        stages.train_student(run, name)
+        assert trained["words"][0] == str(data)
+        assert not {"--distilled", "--more-source"} & set(trained["words"])
+        assert stages.systems(run)[name].data == data.name
+
+
+def test_more_source_is_prepared_for_those_who_learn_from_it(
+    tmp_path: Path, commands: list[str]
+) -> None:
+    further = {"corpus": "sample"}
+    run = run_of(tmp_path)
+    run = replace(run, recipe=replace(run.recipe, prepare=further, more_source=further))
+    stages.prepare(run)
+    assert commands == ["prepare"]
+    students = {**run.recipe.students, "more": {**NAT, "more_source": True}}
+    stages.prepare(replace(run, recipe=replace(run.recipe, students=students)))
+    assert commands == ["prepare"] * 3
+    assert run.more_source == tmp_path / "more-source" / "raw" / "train.en"
 
 
 def test_another_teacher_aligns_anew(tmp_path: Path, commands: list[str]) -> None:

@@ -17,6 +17,9 @@ STUDENT = "students: {s: {max_update: 1}}\n"
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*/*.yaml"))
 
 
+LEARNS_MORE = "students: {s: {max_update: 1, more_source: true}}\n"
+
+
 def test_a_recipe_lies_over_the_one_it_extends(tmp_path: Path) -> None:
     (tmp_path / "cpu.yaml").write_text(BASE + STUDENT)
     (tmp_path / "gpu.yaml").write_text("extends: cpu.yaml\ncommon: {max_tokens: 9}\n")
@@ -60,6 +63,13 @@ def test_a_recipe_lies_over_the_one_it_extends(tmp_path: Path) -> None:
         (BASE + STUDENT + "latency: {repeats: 0}\n", "repeats is 0: it must be at least 1"),
         (BASE + STUDENT + "latency: {burn_in: -1}\n", "burn_in is -1: it must be at least 0"),
         (BASE + STUDENT + "latency: {sentences: '3'}\n", "sentences is 3"),
+        (BASE + LEARNS_MORE, "say there which corpus, or which file"),
+        (BASE + LEARNS_MORE + "more_source: {file: 3}\n", "say there which corpus, or which file"),
+        (
+            BASE + LEARNS_MORE.replace("true", "true, distilled: false"),
+            "leave out distilled: false",
+        ),
+        (BASE + STUDENT + "more_source: {lang: no}\n", "the lang of more_source is False"),
     ],
 )
 def test_a_bad_recipe_is_refused(tmp_path: Path, text: str, message: str) -> None:
