@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import cache
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from fairseq.data import Dictionary
 from fairseq.data.data_utils import collate_tokens
 
 from fairseq_vqem.corpora.subwords import SubwordModel, train_subwords
+from fairseq_vqem.errors import UserError
 from fairseq_vqem.models.config import VQEMTransformerConfig
 from fairseq_vqem.models.vqem_transformer import VQEMTransformer
 from fairseq_vqem.tasks.translation_vqem import TranslationVQEMConfig, TranslationVQEMTask
@@ -86,8 +88,33 @@ class Tiny:
 
 @pytest.fixture(scope="session")
 def tiny() -> type[Tiny]:
-    torch.set_num_threads(1)
     return Tiny
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Models so small only wait for a second thread, for long if the machine is busy."""
+    torch.set_num_threads(1)
+
+
+@cache
+def has_integer_products() -> bool:
+    from fairseq_vqem.export.artefact import need_integer_products
+
+    try:
+        need_integer_products()
+    except UserError:
+        return False
+    return True
+
+
+def pytest_runtest_teardown() -> None:
+    torch.set_num_threads(1)  # commands choose other numbers
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("int8") and not has_integer_products():
+        pytest.skip("int8 weights need a processor with VNNI")
 
 
 @pytest.fixture(scope="module")

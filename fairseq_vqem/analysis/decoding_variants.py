@@ -57,8 +57,7 @@ class LatentQuality:
         accuracy_best: it is among the ``BEST`` likeliest; None if a code takes several symbols.
         free_running: the same place holds the same code when the predictor continues itself.
         end_accuracy: the end is the likeliest symbol after all of the posterior's codes, which
-            often give it away; None where the model writes no end. The accuracy that training logs
-            counts these ends in.
+            often give it away; None where the model writes no end.
         same_number: sentences for which it writes as many codes as the posterior.
         number_ratio: codes that it writes over codes of the posterior.
     """

@@ -106,9 +106,11 @@ def score(
         bootstrap: resamples for the intervals; 0 leaves them out.
 
     Raises:
-        UserError: nothing to score, the two sides differ in number, or BLEU's tokeniser needs a
-            package.
+        UserError: nothing to score, the two sides differ in number, BLEU's tokeniser needs a
+            package, or ``bootstrap`` is negative.
     """
+    if bootstrap < 0:
+        raise UserError(f"The number of resamples is {bootstrap}: it must not be negative.")
     _check_counts(hypotheses, references)
     bleu, chrf = bleu_for(language), PlainCHRF()
     with _sacrebleu_seed(seed):
@@ -140,9 +142,11 @@ def paired_bootstrap(
     they hardly do it stays below a half; `difference_intervals` says how large a difference may be.
 
     Raises:
-        UserError: fewer than two systems, or one whose number of sentences is not that of the
-            references.
+        UserError: fewer than two systems, one whose number of sentences is not that of the
+            references, or fewer than two samples.
     """
+    if samples < 2:  # of 0 and less sacreBLEU would make its own number
+        raise UserError(f"A paired bootstrap needs at least 2 resamples, not {samples}.")
     if len(systems) < 2:
         raise UserError("A paired test needs a baseline and at least one other system.")
     for hypotheses in systems.values():
@@ -243,7 +247,13 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--references", type=Path, required=True, help="one sentence a line")
     parser.add_argument("--baseline", type=Path, help="other hypotheses, for a paired bootstrap")
     parser.add_argument("--target-lang", default="", help="zh, ja and ko have BLEU of their own")
-    parser.add_argument("--bootstrap", type=int, default=BOOTSTRAP_SAMPLES, help="resamples")
+    parser.add_argument(
+        "--bootstrap",
+        type=int,
+        default=BOOTSTRAP_SAMPLES,
+        metavar="N",
+        help="resamples (default: %(default)s); 0: no intervals",
+    )
     parser.add_argument("--seed", type=int, default=SEED, help="seed of the bootstrap")
     parser.add_argument("--output", type=Path, help="also write a result file (JSON)")
     parser.set_defaults(run=_run)

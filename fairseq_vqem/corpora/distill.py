@@ -89,12 +89,12 @@ def distill(
     _check_text(teaching, text)
     check_plan(teaching)
     more = more_source(teaching, further, text) if further else None
+    if more:
+        check_plan(more.teaching)
     (teaching.out / REPORT).unlink(missing_ok=True)  # it says that all is done
-    source_lang, target_lang = languages(teaching.data)
-    sources = list(read_lines(text / f"train.{source_lang}"))
-    references = list(read_lines(text / f"train.{target_lang}"))
-    pending = _pending(teaching)
-    records = _taught(teaching, len(sources))
+    languages_of = languages(teaching.data)
+    sources, references = (list(read_lines(text / f"train.{lang}")) for lang in languages_of)
+    records, found = _taught(teaching, len(sources))
     taught = _taught_more(more) if more else []
     targets = _write_text(teaching, sources, references, records, taught)
     _binarise(teaching, text)
@@ -103,13 +103,11 @@ def distill(
         kept_references=sum(record is None for record in records),
         empty_outputs=sum(not target for target in targets),
         copies_of_source=sum(s == t for s, t in zip(sources, targets, strict=True)),
-        outputs_at_max_length=sum(
-            record is not None and len(record.split()) >= teaching.max_length for record in records
-        ),
+        outputs_at_max_length=sum(not _ends(teaching, record) for record in records if record),
         length_ratio=sum(map(len, targets)) / max(1, sum(map(len, references))),
-        bleu_against_reference=_bleu(targets, references, target_lang),
+        bleu_against_reference=_bleu(targets, references, languages_of[1]),
         seconds=time.monotonic() - started,
-        shards_found=teaching.shards - len(pending),
+        shards_found=found,
         more_source=count_and_checksum(further)[1] if further else None,
         more_sentences=len(taught),
         more_left_out=more.left_out + len(more.sentences) - len(taught) if more else 0,
@@ -119,28 +117,32 @@ def distill(
     return report
 
 
-def _pending(teaching: Teaching) -> list[int]:
-    return [n for n in range(teaching.shards) if not teaching.shard_file(n).is_file()]
+def _taught(teaching: Teaching, count: int) -> tuple[list[str | None], int]:
+    """The teacher's pieces for ``count`` sentences, and how many shards were there already.
 
-
-def _taught(teaching: Teaching, count: int) -> list[str | None]:
-    """The teacher's pieces for each of ``count`` sentences; None where one is too long for it."""
-    started, pending = time.monotonic(), _pending(teaching)
+    None stands for the pieces of a sentence that is too long for the teacher.
+    """
+    started = time.monotonic()
+    pending = [n for n in range(teaching.shards) if not teaching.shard_file(n).is_file()]
     for done, shard in enumerate(translate_shards(teaching, pending), start=1):
         minutes = (time.monotonic() - started) / 60
         print(f"shard {shard}: {done}/{len(pending)} after {minutes:.1f} min", flush=True)
-    return merged_shards(teaching, count)
+    return merged_shards(teaching, count), teaching.shards - len(pending)
 
 
 def _taught_more(more: MoreSource) -> list[tuple[str, str]]:
     """Further sentences with the teacher's pieces, where it came to an end."""
-    check_plan(more.teaching)
-    records = _taught(more.teaching, len(more.sentences))
+    records, _ = _taught(more.teaching, len(more.sentences))
     return [
         (sentence, record)
         for sentence, record in zip(more.sentences, records, strict=True)
-        if record and len(record.split()) < more.teaching.max_length
+        if record and _ends(more.teaching, record)
     ]
+
+
+def _ends(teaching: Teaching, record: str) -> bool:
+    """Whether the teacher came to an end; else it most likely repeats itself."""
+    return len(record.split()) < teaching.max_length
 
 
 def _bleu(targets: Sequence[str], references: Sequence[str], language: str) -> float:

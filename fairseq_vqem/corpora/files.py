@@ -130,11 +130,24 @@ def count_and_checksum(path: Path) -> tuple[int, str]:
     Raises:
         UserError: the file is missing or is not UTF-8.
     """
-    digest, count = hashlib.sha256(), 0
-    for line in read_lines(path):
+    count = 0
+
+    def counted() -> Iterator[str]:
+        nonlocal count
+        for line in read_lines(path):
+            count += 1
+            yield line
+
+    checksum = lines_checksum(counted())
+    return count, checksum
+
+
+def lines_checksum(lines: Iterable[str]) -> str:
+    """The hexadecimal SHA-256 of a text file of these lines."""
+    digest = hashlib.sha256()
+    for line in lines:
         digest.update(line.encode("utf-8") + b"\n")
-        count += 1
-    return count, digest.hexdigest()
+    return digest.hexdigest()
 
 
 def is_unchanged(path: Path, checksum: str | None) -> bool:

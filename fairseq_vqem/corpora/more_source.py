@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fairseq_vqem.corpora.binarise import binarise
-from fairseq_vqem.corpora.files import read_json, read_lines, write_lines
+from fairseq_vqem.corpora.binarise import MANIFEST, binarise
+from fairseq_vqem.corpora.files import lines_checksum, read_json, read_lines, write_lines
 from fairseq_vqem.corpora.reading import languages
 from fairseq_vqem.corpora.splits import near_duplicate_keys
 from fairseq_vqem.corpora.subwords import load_subwords
@@ -41,10 +41,11 @@ def more_source(teaching: Teaching, path: Path, text: Path) -> MoreSource:
         text: raw text of ``teaching.data``.
 
     Raises:
-        UserError: the file is missing, is not UTF-8 or has nothing new.
+        UserError: the file is missing, is not UTF-8 or has nothing new, or other sentences are
+            there already.
     """
     source_lang, target_lang = languages(teaching.data)
-    manifest = read_json(teaching.data / "manifest.json")
+    manifest = read_json(teaching.data / MANIFEST)
     splits = {
         split: list(read_lines(text / f"{split}.{source_lang}")) for split in manifest["splits"]
     }
@@ -54,6 +55,7 @@ def more_source(teaching: Teaching, path: Path, text: Path) -> MoreSource:
     if not sentences:
         raise UserError(f"{path} has no sentence that is new: give other text to --more-source")
     raw, data = teaching.out / MORE / "raw", teaching.out / MORE / "binarised"
+    _check_same_text(data, source_lang, sentences)
     write_lines(raw / f"train.{source_lang}", sentences)
     write_lines(raw / f"train.{target_lang}", [""] * len(sentences))
     binarise(
@@ -70,6 +72,17 @@ def more_source(teaching: Teaching, path: Path, text: Path) -> MoreSource:
     )
     further = replace(teaching, data=data, out=teaching.out / MORE)
     return MoreSource(further, sentences, len(lines) - len(sentences))
+
+
+def _check_same_text(data: Path, source_lang: str, sentences: Iterable[str]) -> None:
+    if not (data / MANIFEST).is_file():
+        return
+    recorded = read_json(data / MANIFEST)["splits"]["train"]["sha256"][source_lang]
+    if recorded != lines_checksum(sentences):
+        raise UserError(
+            f"{data.parent} has the translations of other text: delete that folder, repeat its"
+            " --more-source or choose another --out"
+        )
 
 
 def new_sentences(

@@ -25,7 +25,7 @@ from fairseq_vqem.export.standalone.frames import SYMBOLS_PER_FRAME
 from fairseq_vqem.peers.ctc_nat import CTCNAT
 
 ARGMAX_BLOCK = 128
-FIRST_WORD = 2  # the first dictionary id that may be written: <s> and <pad> come before
+FIRST_WRITABLE = 2  # the first dictionary id that may be written: <s> and <pad> come before
 
 
 class ParallelGraphs:
@@ -51,7 +51,7 @@ class ParallelGraphs:
     ) -> None:
         self.model, self.weights, self.quantised = model, weights, quantised
         self.max_source, self.blank, self.blank_penalty = max_source, blank, blank_penalty
-        self.first_word = FIRST_WORD if blank is None else 0
+        self.first_word = FIRST_WRITABLE if blank is None else 0
         self.dimension = int(model.cfg.embed_dim)
         self.heads = int(model.cfg.attention_heads)
 

@@ -140,12 +140,12 @@ class Translator:
             UserError: a source is longer than the model's positions.
         """
         self.check_lengths([len(source) for source in sources])
-        outputs: list[Tensor | None] = [None] * len(sources)
+        outputs: dict[int, Tensor] = {}
         for batch in batches_by_length([len(source) for source in sources], self.max_tokens):
             hypotheses = self.translate_batch(self._collate([sources[index] for index in batch]))
             for index, hypothesis in zip(batch, hypotheses, strict=True):
                 outputs[index] = hypothesis["tokens"].cpu()
-        return [output for output in outputs if output is not None]
+        return [outputs[index] for index in range(len(sources))]
 
     def encode(self, sentences: Sequence[str]) -> Sample:
         """Return one padded batch of `sentences` on the device, for `translate_batch`.

@@ -235,7 +235,7 @@ class TranslationVQEMTask(LearnsCodebook, TranslationTask):
         return Namespace(**{"iter_decode_eos_penalty": 0.0, **given})
 
     def predicted(self, sample: dict[str, Any], model: Any) -> list[Tensor]:
-        """Greedy translations from the latent predictor's codes."""
+        """Translations from the latent predictor's codes, searched as the task's options say."""
         generator = self.build_generator([model], self.validation_arguments())
         return [hypotheses[0]["tokens"] for hypotheses in generator.generate([model], sample)]
 

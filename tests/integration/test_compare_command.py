@@ -7,6 +7,8 @@ import gzip
 import importlib.util
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +224,16 @@ def test_the_translations_can_be_scored_again(compared: Path) -> None:
         assert row.bleu == pytest.approx(score, abs=0.01)
 
 
+@contextmanager
+def restored(path: Path) -> Iterator[None]:
+    """Put a file that other tests read back as it was, also where a test fails."""
+    original = path.read_bytes()
+    try:
+        yield
+    finally:
+        path.write_bytes(original)
+
+
 def test_a_second_call_reuses_everything(compared: Path) -> None:
     kept = compared / "out" / "compare" / "timings-compare-test.json"
     before = kept.stat().st_mtime_ns
@@ -234,12 +246,11 @@ def test_a_second_call_reuses_everything(compared: Path) -> None:
 
 def test_a_training_whose_data_changed_is_refused(compared: Path) -> None:
     manifest = compared / "out" / "distilled" / "manifest.json"
-    original = manifest.read_text("utf-8")
-    content = json.loads(original)
+    content = json.loads(manifest.read_text("utf-8"))
     content["splits"]["train"]["sha256"] = ["0" * 64]
-    manifest.write_text(json.dumps(content), encoding="utf-8")
-    outcome = compare(compared)
-    manifest.write_text(original, encoding="utf-8")
+    with restored(manifest):
+        manifest.write_text(json.dumps(content), encoding="utf-8")
+        outcome = compare(compared)
     assert outcome.status == 1 and "holds a training on other data" in outcome.errors
 
 
@@ -286,12 +297,11 @@ def test_run_makes_again_what_was_made_of_another_model(reported: Path) -> None:
         assert outcome.status == 0, outcome.text
         assert ((out / "latency.json").stat().st_mtime_ns == before) == again
     kept = {path: path.stat().st_mtime_ns for path in [*texts.rglob("*.txt"), out / "latency.json"]}
-    original = student.read_bytes()
     content = torch.load(student, weights_only=False)
     content["model"]["decoder.layer_norm.bias"] += 5.0
-    torch.save(content, student)
-    outcome = Workshop(reported).run("fairseq_vqem.cli", *words)
-    student.write_bytes(original)
+    with restored(student):
+        torch.save(content, student)
+        outcome = Workshop(reported).run("fairseq_vqem.cli", *words)
     assert outcome.status == 0, outcome.text
     changed = {path for path, before in kept.items() if path.stat().st_mtime_ns != before}
     assert changed == {texts / "vqem.txt", texts / "posterior" / "vqem.txt", out / "latency.json"}
@@ -300,15 +310,14 @@ def test_run_makes_again_what_was_made_of_another_model(reported: Path) -> None:
 @pytest.mark.parametrize("loss", ["dropped", "shuffled"])
 def test_a_lost_or_misplaced_sentence_stops_the_report(compared: Path, loss: str) -> None:
     path = compared / "out" / "compare" / "vqem.json"
-    original = path.read_text("utf-8")
-    content = json.loads(original)
+    content = json.loads(path.read_text("utf-8"))
     lines = content["hypotheses"]
     assert len(set(lines)) > 3
     content["hypotheses"] = lines[:-1] if loss == "dropped" else [*lines[1:], lines[0]]
-    path.write_text(json.dumps(content), encoding="utf-8")
     report = (report_of(compared) / "compare.json").read_bytes()
-    outcome = compare(compared)
-    path.write_text(original, encoding="utf-8")
+    with restored(path):
+        path.write_text(json.dumps(content), encoding="utf-8")
+        outcome = compare(compared)
     assert outcome.status == 1 and "'vqem'" in outcome.errors
     assert "Traceback" not in outcome.errors
     assert (report_of(compared) / "compare.json").read_bytes() == report
@@ -320,15 +329,13 @@ def test_a_leaked_test_sentence_stops_everything(
 ) -> None:
     raw = compared / "out" / "corpus" / "raw"
     path = raw / f"{split}.en"
-    original = path.read_text("utf-8")
     leaked = (raw / "test.en").read_text("utf-8").splitlines()[1]
-    path.write_text(f"{original} {leaked}\n", encoding="utf-8")
     monkeypatch.setattr(stages, "prepare", lambda run: None)  # it would write the text anew
     monkeypatch.setattr(stages, "train_teacher", lambda run: pytest.fail("went on"))
     words = ["compare", str(write_recipe(compared)), "--out", str(compared / "out")]
     parser = argparse.ArgumentParser()
     command.register(parser.add_subparsers())
     arguments = parser.parse_args(words)
-    with pytest.raises(UserError, match=re.escape(f"(one is {leaked!r})")):
+    with restored(path), pytest.raises(UserError, match=re.escape(f"(one is {leaked!r})")):
+        path.write_text(f"{path.read_text('utf-8')} {leaked}\n", encoding="utf-8")
         arguments.run(arguments)
-    path.write_text(original, encoding="utf-8")

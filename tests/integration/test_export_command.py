@@ -207,6 +207,7 @@ def test_the_teacher_comes_along(workshop: Workshop, student: Path, teacher: Pat
         StandaloneTranslator(out, latent_beam=2)
 
 
+@pytest.mark.int8
 def test_eight_bits(workshop: Workshop, student: Path, tmp_path: Path) -> None:
     translators = []
     for weights in ("float32", "int8"):

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from fairseq import options
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
@@ -45,11 +44,8 @@ TRAINING: dict[str, Any] = {
 
 
 @pytest.fixture(autouse=True)
-def few_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def no_metrics() -> Iterator[None]:
     yield
-    torch.set_num_threads(before)
     metrics.reset()
 
 

@@ -39,7 +39,7 @@ UPDATES = 60
 
 
 def train_and_generate(workshop: Workshop, folder: Path, *words: object) -> dict[str, float]:
-    """What validation logged; the test set must be decoded whole."""
+    """What the last update logged; the test set must be decoded whole."""
     words = (*words, "--max-update", UPDATES, "--save-interval", 50)
     outcome = workshop.train(folder, *words)
     records = [record for line in outcome.text.splitlines() if (record := parse_line(line))]

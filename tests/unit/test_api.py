@@ -41,8 +41,6 @@ def make_data(folder: Path) -> Path:
 def make_teacher(data: Path, updates: int = 250) -> Path:
     """Train a tiny AR model on PAIRS until it knows most of them, and save it as fairseq does."""
     torch.manual_seed(1)
-    # So small a model only waits for a second thread, for long if the machine is busy.
-    torch.set_num_threads(1)
     size = ["--encoder-embed-dim", "32", "--encoder-ffn-embed-dim", "64", "--encoder-layers", "1"]
     size += ["--decoder-embed-dim", "32", "--decoder-ffn-embed-dim", "64", "--decoder-layers", "1"]
     size += ["--encoder-attention-heads", "2", "--decoder-attention-heads", "2", "--dropout", "0"]

@@ -10,7 +10,6 @@ from typing import Any
 from unittest.mock import Mock, patch
 
 import pytest
-import torch
 from fairseq.data import Dictionary
 from test_api import make_data
 
@@ -73,8 +72,8 @@ def test_vocabulary_is_widened(data: Path, tmp_path: Path) -> None:
         widen_vocabulary(data, 10, tmp_path / "narrow")
 
 
+@pytest.mark.int8
 def test_contenders_obey_the_length(data: Path, tmp_path: Path) -> None:
-    torch.set_num_threads(1)
     contenders = make_contenders(SIZES, data, tmp_path, seed=1)
     outputs: dict[str, list[tuple[int, ...]]] = {}
     for name, builder in contenders.items():
@@ -124,6 +123,7 @@ def steps_and_codes(contender: ForcedExported, call: Callable[[], object]) -> tu
     return found[0]["codes"].shape[1], feed["codes"].shape[1]
 
 
+@pytest.mark.int8
 def test_the_parts_of_an_exported_student_add_up(data: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     found = make_contenders(SIZES, data, tmp_path, seed=1)[

@@ -35,7 +35,7 @@ from fairseq_vqem.export.standalone.manifest import MANIFEST, manifest_checksum
 from fairseq_vqem.export.standalone.translator import padded
 
 
-@pytest.mark.parametrize("weights", ["float32", "int8"])
+@pytest.mark.parametrize("weights", ["float32", pytest.param("int8", marks=pytest.mark.int8)])
 def test_frames_and_their_blank(
     tiny: Any, few_subwords: SubwordModel, tmp_path: Path, weights: str
 ) -> None:
@@ -76,8 +76,28 @@ def test_candidates_rescored_by_the_teacher(
     ours.max_tokens = 50
     assert ours.translate_ids(sources) == found
     assert [ours.translate_ids([source])[0] for source in sources[:30]] == found[:30]
-    int8 = exported(translator, tmp_path / "int8", "int8").translate_ids(sources)
-    assert sum(a == b for a, b in zip(found, int8, strict=True)) > 100
+
+
+@pytest.mark.int8
+@pytest.mark.parametrize("output", ["positions", "ctc"])
+def test_candidates_in_eight_bits(
+    tiny: Any, few_subwords: SubwordModel, tmp_path: Path, output: str
+) -> None:
+    student = student_of(tiny, output=output)
+    teacher = tiny_teacher(tiny.task(), layers=2, normalize_before=True)
+    translator = translator_of(
+        *(tiny, [student, teacher], few_subwords, "candidates"),
+        rescore="teacher",
+        remove_repeats=True,
+    )
+    sources = sentences(300, seed=8)
+    exact, found = (
+        exported(translator, tmp_path / weights, weights).translate_ids(sources)
+        for weights in ("float32", "int8")
+    )
+    same = sum(a == b for a, b in zip(exact, found, strict=True))
+    print(f"int8 agrees on {same} of 300 sentences")
+    assert same > 190
 
 
 @torch.no_grad()
@@ -219,6 +239,7 @@ def test_prefix_beam_search(
         assert ours.translate_ids(sources) == found
 
 
+@pytest.mark.int8
 @pytest.mark.parametrize("beam", [1, 5])
 def test_ctc_nat_in_eight_bits(
     tiny: Any, few_subwords: SubwordModel, tmp_path: Path, beam: int
@@ -231,7 +252,9 @@ def test_ctc_nat_in_eight_bits(
     pairs = [
         ab for own, other in zip(exact, found, strict=True) for ab in zip(own, other, strict=False)
     ]
-    assert sum(a == b for a, b in pairs) > 0.6 * len(pairs)
+    share = sum(a == b for a, b in pairs) / len(pairs)
+    print(f"int8 agrees on {share:.1%} of the tokens")
+    assert share > 0.7
     assert [ours.translate_ids([source])[0] for source in sources] == found
 
 

@@ -48,7 +48,6 @@ class Task:
 
 def model_of(shape: PictureShape = GREY, **options: Any) -> VQEMImage:
     torch.manual_seed(0)
-    torch.set_num_threads(1)
     return VQEMImage.build_model(ImageConfig(**{**TINY, **options}), Task(shape))
 
 

@@ -35,7 +35,6 @@ class Task:
 
 def prior_of(shape: CodeShape = SHAPE, **options: Any) -> ImagePrior:
     torch.manual_seed(0)
-    torch.set_num_threads(1)
     sizes = dict(embed_dim=16, ffn_embed_dim=32, attention_heads=2, latent_layers=2, dropout=0.0)
     model = ImagePrior.build_model(PriorConfig(**{**sizes, **options}), Task(shape))
     for parameter in model.parameters():  # far from uniform

@@ -105,8 +105,10 @@ def test_mistakes_are_user_errors(plain: Teaching, further: Path, tmp_path: Path
     distill(here, further=further)
     other = tmp_path / "other.txt"
     write_lines(other, [NEW[2]])
-    with pytest.raises(UserError, match="more holds a distillation with other data"):
+    before = {path: path.read_bytes() for path in here.out.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="more has the translations of other text"):
         distill(here, further=other)
+    assert {path: path.read_bytes() for path in here.out.rglob("*") if path.is_file()} == before
 
 
 def test_what_is_new() -> None:

@@ -354,9 +354,6 @@ def test_more_source_has_a_distillation_of_its_own(
     (more / distill_module.REPORT).write_text(json.dumps({"more_source": checksum}))
     stages.distill(run)
     assert commands == ["distill"]
-    lines.write_text("Another.\n")
-    stages.distill(run)
-    assert commands == ["distill", "distill"]
     for name, data in (("first", distilled), ("more", more)):
         stages.train_student(run, name)
         assert trained["words"][0] == str(data)

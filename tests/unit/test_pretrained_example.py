@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("onnxruntime", reason="needs pip install 'fairseq_vqem[export]'")
+
 from fairseq_vqem.benchmark.scoring import score
 from fairseq_vqem.corpora.files import read_columns
 from fairseq_vqem.export.standalone import StandaloneTranslator
 
+pytestmark = pytest.mark.int8
 ROOT = Path(__file__).parents[2]
 SENTENCES = 100
 DIALOG = {"help-en-de": "Öffnet den Dialog.", "help-en-fr": "Ouvre la boîte de dialogue."}

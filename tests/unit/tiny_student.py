@@ -16,7 +16,6 @@ import fairseq_vqem  # noqa: F401  registers the task
 def make_student(data: Path, path: Path, *words: str, updates: int = 30) -> Path:
     """A tiny student of the train split, saved as fairseq does."""
     torch.manual_seed(1)
-    torch.set_num_threads(1)
     words = ("--task", "translation_vqem", "-s", "en", "-t", "de", *words)
     words = (*words, "--arch", "vqem_transformer_tiny", "--criterion", "vqem_loss")
     config = convert_namespace_to_omegaconf(
