@@ -167,7 +167,12 @@ def _code_words(observed: Floats, drawn: Floats) -> CodeWords:
     z, by_chance = (observed - mean) / spread, (drawn - mean) / spread
     judged = ~np.isnan(spread).all(0)
     return CodeWords(
-        *(observed[0], mean[0], z[0], observed[1], mean[1], z[1]),
+        entropy=observed[0],
+        entropy_by_chance=mean[0],
+        entropy_z=z[0],
+        information=observed[1],
+        information_by_chance=mean[1],
+        information_z=z[1],
         telling=_tells(z),
         telling_by_chance=float(_tells(by_chance)[:, judged].mean()) if judged.any() else 0.0,
     )

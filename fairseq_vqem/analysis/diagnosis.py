@@ -88,18 +88,18 @@ def diagnose(
     judged = {**texts, REFERENCE: references}
     language = languages(data)[1]
     return Diagnosis(
-        split,
-        name,
-        of_teacher,
-        decoded.removes_repeats,
-        {name: score(each, references, language=language) for name, each in texts.items()},
-        {name: brevity(each, references, language) for name, each in texts.items()},
-        steps(texts, references, language),
-        decoded.latents,
-        decoded.doubled_pieces,
-        {name: find_errors(each, references, sources) for name, each in judged.items()},
-        groups(texts, references, length_quartiles(sources), language),
-        groups(texts, references, parts, language),
+        split=split,
+        teacher=name,
+        of_teacher=of_teacher,
+        removes_repeats=decoded.removes_repeats,
+        scores={key: score(each, references, language=language) for key, each in texts.items()},
+        brevity={key: brevity(each, references, language) for key, each in texts.items()},
+        steps=steps(texts, references, language),
+        latents=decoded.latents,
+        doubled_pieces=decoded.doubled_pieces,
+        errors={key: find_errors(each, references, sources) for key, each in judged.items()},
+        by_length=groups(texts, references, length_quartiles(sources), language),
+        by_label=groups(texts, references, parts, language),
     )
 
 

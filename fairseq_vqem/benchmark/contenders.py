@@ -126,7 +126,10 @@ class ForcedExported:
 
 @dataclass(frozen=True)
 class Builder:
-    """Makes a contender, with the threads that torch has at that time."""
+    """Makes a contender, with the threads that torch has at that time.
+
+    ``threads`` is what `turns` gives every builder; torch has been given them already.
+    """
 
     engine: str
     build: Callable[[], Contender]

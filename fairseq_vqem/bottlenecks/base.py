@@ -48,7 +48,7 @@ class BottleneckOptions:
     bottleneck_args: str = "{}"
 
     def __post_init__(self) -> None:
-        self.arguments  # noqa: B018  (raises where they are not JSON)
+        _ = self.arguments  # raises where they are not JSON
         if self.codebook_size < 1:
             raise UserError(f"--codebook-size is {self.codebook_size}: it must be positive")
         if self.em_samples < 1:
@@ -70,7 +70,7 @@ class BottleneckOptions:
             if getattr(self, name) not in known:
                 flag = "--" + name.replace("_", "-")
                 raise UserError(f"{flag} is {getattr(self, name)}: choose {' or '.join(known)}")
-        self.block_size  # noqa: B018  (raises where the size is no such power)
+        _ = self.block_size  # raises where the size is no such power
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -183,6 +183,11 @@ class Bottleneck(nn.Module):
     def lookup(self, codes: Tensor) -> Tensor:
         """Latents ``[..., D]`` of code ids ``[...]``."""
         raise NotImplementedError
+
+    @property
+    def has_learned(self) -> bool:
+        """Whether it has a codebook from data, which a warm-up (`observe`) would overwrite."""
+        return False
 
     def observe(self, vectors: Tensor) -> None:
         """See unquantised ``vectors`` ``[N, D]`` of the warm-up; may serve as initialisation."""

@@ -121,6 +121,11 @@ class EMACodebook(Float32Buffers):
         if self.dead_below > 0:
             self._pending_rows.append(vectors)
 
+    @property
+    def has_learned(self) -> bool:
+        """Whether a warm-up or an M step has changed what it started with."""
+        return bool(self.observed > 0 or (self.counts != self.first_count).any())
+
     def observe(self, vectors: Tensor) -> None:
         """Remember unquantised ``vectors`` ``[N, D]``, of which the first codebook is made."""
         self._pending_observations.append(vectors.detach().float())
@@ -183,9 +188,6 @@ class EMACodebook(Float32Buffers):
         slots = (self.observed + torch.arange(rows.size(0), device=rows.device)) % self.size
         self.embeddings[slots] = rows
         self.sums[slots] = self.first_count * rows
-        self.counts[slots] = (
-            self.first_count
-        )  # a second warm-up finds the counts of a trained codebook
         self.observed += rows.size(0)
 
     def _seed(self, rows: Tensor) -> None:

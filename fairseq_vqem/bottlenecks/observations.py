@@ -33,10 +33,8 @@ class ObservationRing(nn.Module):
         self._pending = []
 
     @torch.no_grad()
-    def commit(self, start: Tensor, offset: Tensor) -> None:
-        """Make what all workers added entries of the codebook ``start + offset`` ``[K, D]``.
-
-        Only ``start`` is written.
+    def commit(self, start: Tensor) -> None:
+        """Make what all workers added entries of the codebook ``start`` ``[K, D]``.
 
         Every worker must call it equally often, with or without observations of its own: the
         others wait for it. All workers write the same rows to the same places.
@@ -44,23 +42,23 @@ class ObservationRing(nn.Module):
         (observed,) = on_any_worker(start.device, bool(self._pending))
         if observed:
             none = start.new_empty(0, start.size(1), dtype=torch.float32)
-            self._write(gather_rows(torch.cat([none, *self._pending])), start, offset)
+            self._write(gather_rows(torch.cat([none, *self._pending])), start)
         self.discard()
 
-    def _write(self, rows: Tensor, start: Tensor, offset: Tensor) -> None:
+    def _write(self, rows: Tensor, start: Tensor) -> None:
         size = start.size(0)
         rows = rows[-size:]
         places = (self.seen + torch.arange(rows.size(0), device=rows.device)) % size
-        start[places] = (rows - offset[places]).to(start.dtype)
+        start[places] = rows.to(start.dtype)
         self.seen += rows.size(0)
 
 
 class ParameterCodebook(Float32Buffers, Bottleneck):
     """The part common to the kinds whose codebook the optimiser trains.
 
-    The codebook is a fixed start plus a trained offset that begins at zero. Only the start is
-    overwritten by warm-up outputs: an optimiser that keeps its own copy of the parameters, as
-    fairseq's ``FP16Optimizer`` does, would bring an overwritten parameter back.
+    The codebook is a fixed start plus a trained offset, zero until the warm-up is over. Only the
+    start is overwritten by warm-up outputs: an optimiser that keeps its own copy of the parameters,
+    as fairseq's ``FP16Optimizer`` does, would bring an overwritten parameter back.
 
     Attributes:
         start: ``[K, D]`` float32.
@@ -84,13 +82,18 @@ class ParameterCodebook(Float32Buffers, Bottleneck):
         """Embeddings ``[..., D]`` of code ids ``[...]``."""
         return self.start[codes] + self.offset[codes]
 
+    @property
+    def has_learned(self) -> bool:
+        """Whether a warm-up or the optimiser has changed what it started with."""
+        return bool(self.observations.seen > 0 or self.offset.any())
+
     def observe(self, vectors: Tensor) -> None:
         """Remember warm-up outputs ``[N, D]``; the newest K become the first codebook."""
         if self.gathers:
             self.observations.add(vectors)
 
     def commit(self) -> None:
-        self.observations.commit(self.start, self.offset)
+        self.observations.commit(self.start)
 
     def discard(self) -> None:
         self.observations.discard()

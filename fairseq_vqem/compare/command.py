@@ -37,7 +37,7 @@ def _run(arguments: argparse.Namespace) -> int:
     settings = read_settings(run.recipe, stages.systems(run))
     check(run)
     stages.prepare(run)
-    check_no_leak(run.out / "corpus" / "raw", languages(run.data)[0])
+    check_no_leak(run.raw, languages(run.data)[0])
     train_all(run)
     print(compare(run, settings))
     print(f"\nTook {(time.monotonic() - started) / 60:.1f} minutes.")
@@ -60,9 +60,8 @@ def compare(run: stages.Run, settings: Settings) -> str:
     torch.set_num_threads(threads)
     systems = stages.systems(run)
     source, target = languages(run.data)
-    raw = run.out / "corpus" / "raw"
-    sources = list(read_lines(raw / f"test.{source}"))
-    references = list(read_lines(raw / f"test.{target}"))
+    sources = list(read_lines(run.raw / f"test.{source}"))
+    references = list(read_lines(run.raw / f"test.{target}"))
     translations = translate_rows(run, systems, sources, settings, threads)
     hypotheses = translations.texts
     timings = time_rows(run, systems, sources, settings, threads)

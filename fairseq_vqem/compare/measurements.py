@@ -19,9 +19,10 @@ from fairseq_vqem.benchmark.turns import (
     time_engines,
 )
 from fairseq_vqem.compare.fairness import check_complete
-from fairseq_vqem.compare.settings import KEPT, Settings
+from fairseq_vqem.compare.settings import Settings
 from fairseq_vqem.corpora.files import plain, read_json, write_json
 from fairseq_vqem.pipeline.kept import file_name
+from fairseq_vqem.pipeline.recipe import KEPT
 from fairseq_vqem.pipeline.stages import Run, System
 
 BURN_IN = 10

@@ -15,7 +15,6 @@ from fairseq_vqem.pipeline.recipe import FOLDERS, Recipe, is_count
 from fairseq_vqem.pipeline.stages import TEACHER_BEAM, TEACHER_GREEDY
 
 COUNTS = ("decode_batch_size", "throughput_sentences", "throughput_repeats")
-KEPT = "compare"  # the folder of what further calls and further recipes can use
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,11 @@ def original(function: Any) -> Any:
 
 
 def patch(owner: Any, name: str, build: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Put ``build(f)`` in the place of ``f``, the attribute ``name`` of a module or class.
+
+    Once: a second call finds that it has been replaced. Static methods stay static; `original`
+    gives ``f`` back.
+    """
     current = getattr(owner, name)
     if hasattr(current, "vqem_original"):
         return

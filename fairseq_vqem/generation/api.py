@@ -8,7 +8,7 @@ translator.translate(["A sentence."])
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fairseq_vqem.corpora.subwords import SubwordModel, load_subwords
 from fairseq_vqem.errors import UserError
+from fairseq_vqem.export.standalone.translator import batches_by_length
 from fairseq_vqem.generation.latent_generator import GENERATION_OPTIONS_READ, LatentGenerator
 from fairseq_vqem.generation.parts import PARALLEL_TASKS
 
@@ -223,21 +224,6 @@ def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
     """Divide mixed options into (generation options, task options)."""
     generation = {key: value for key, value in options.items() if key in GENERATION_OPTIONS}
     return generation, {key: value for key, value in options.items() if key not in generation}
-
-
-def batches_by_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Yield indices in batches of similar length, the longest first, until all are used.
-
-    A batch times its longest sentence never exceeds `max_tokens`, save for a single sentence.
-    """
-    batch: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > max_tokens:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
 
 
 def _generation_config(options: Mapping[str, Any]) -> DictConfig:

@@ -246,6 +246,12 @@ def check_effective(cfg: Any) -> None:
             " without quantisation, and no codebook is made",
             cfg.quantise_schedule,
         )
+    share = parse_schedule(cfg.quantise_schedule)
+    if share.end < share.start:
+        raise UserError(
+            f"--quantise-schedule {cfg.quantise_schedule} falls, but a codebook is filled once, at"
+            " the beginning: let it rise, as in 0:1@1000-2000"
+        )
     learned = str(cfg.cluster_prior) == "learned"
     if learned and not kind.has_codebook_care:
         raise UserError(

@@ -179,7 +179,7 @@ def _batches(translator: Translator, pairs: Any, max_tokens: int) -> Iterator[li
     """Batches of the sentences that the teacher can read; the longest come first."""
     from fairseq import utils
 
-    from fairseq_vqem.generation.api import batches_by_length
+    from fairseq_vqem.export.standalone.translator import batches_by_length
 
     limits = utils.resolve_max_positions(
         translator.task.max_positions(), translator.models[0].max_positions()

@@ -16,18 +16,17 @@ Options = dict[str, Any]
 EXTENDS, SCALE = "extends", "{scale}"
 CPU = "cpu"  # the scale where none is chosen
 START = "from_student"
-MORE_SOURCE = "more_source"  # of a recipe, and of the students that learn from it
-DISTILLED, DISTILLED_MORE = "distilled", "distilled-more"  # targets, and their folders
 # read by the stages
-STAGE = ("task", "max_update", DISTILLED, MORE_SOURCE, "from_teacher", START, "generate")
+STAGE = ("task", "max_update", "distilled", "more_source", "from_teacher", START, "generate")
 LANGUAGES = ("lang", "source_lang", "target_lang")  # of prepare
 LATENCY = {"sentences": 1, "repeats": 1, "burn_in": 0, "threads": 1}  # and the least of each
 VQEM_TASK = "translation_vqem"
-TEACHER = "teacher"  # its folder
 RESERVED = ("source", "reference")  # columns of the translations beside the systems
 TEACHER_BEAM_SIZE = 4  # the row is named after it
-# in use
-FOLDERS = (TEACHER, "corpus", "more-source", DISTILLED, DISTILLED_MORE, "translations", "compare")
+TEACHER, CORPUS, MORE_CORPUS = "teacher", "corpus", "more-source"
+DISTILLED, DISTILLED_MORE = "distilled", "distilled-more"  # also the names of such targets
+TRANSLATIONS, KEPT = "translations", "compare"  # KEPT: what further recipes can use
+FOLDERS = (TEACHER, CORPUS, MORE_CORPUS, DISTILLED, DISTILLED_MORE, TRANSLATIONS, KEPT)
 FORBIDDEN = {"students": ":/\\=", "variants": "="}  # folders, and both go into NAME=VALUE
 REQUIRED = ("name", "prepare", "common", "teacher", "students")
 
@@ -161,23 +160,23 @@ def _check_stages(recipe: Recipe) -> None:
 def _check_corpora(recipe: Recipe) -> None:
     if not isinstance(recipe.prepare.get("corpus"), str):
         raise UserError("prepare lacks the name of a corpus")
-    for key, options in (("prepare", recipe.prepare), (MORE_SOURCE, recipe.more_source)):
+    for key, options in (("prepare", recipe.prepare), ("more_source", recipe.more_source)):
         for option in LANGUAGES:
             language = options.get(option, "")
             if not isinstance(language, str):  # YAML reads no (Norwegian) as false
                 raise UserError(f"the {option} of {key} is {language}: put it in quotes")
     for name, student in recipe.students.items():
-        if not student.get(MORE_SOURCE):
+        if not student.get("more_source"):
             continue
-        if not student.get(DISTILLED, True):
+        if not student.get("distilled", True):
             raise UserError(
-                f"{name!r} learns from {MORE_SOURCE}, which a teacher translates: leave out"
-                f" {DISTILLED}: false"
+                f"{name!r} learns from more_source, which a teacher translates: leave out"
+                " distilled: false"
             )
         given = {"corpus", "file"} & set(recipe.more_source)
         if len(given) != 1 or not all(isinstance(recipe.more_source[key], str) for key in given):
             raise UserError(
-                f"{name!r} learns from {MORE_SOURCE}: say there which corpus, or which file of"
+                f"{name!r} learns from more_source: say there which corpus, or which file of"
                 " sentences"
             )
 

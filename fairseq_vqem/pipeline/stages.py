@@ -36,12 +36,14 @@ from fairseq_vqem.generation.api import checked_device
 from fairseq_vqem.peers.alignments import alignment_prefix
 from fairseq_vqem.pipeline.kept import file_name, forget, identity, is_current, remember
 from fairseq_vqem.pipeline.recipe import (
+    CORPUS,
     DISTILLED,
     DISTILLED_MORE,
-    MORE_SOURCE,
+    MORE_CORPUS,
     START,
     TEACHER,
     TEACHER_BEAM_SIZE,
+    TRANSLATIONS,
     VQEM_TASK,
     Options,
     Recipe,
@@ -98,15 +100,20 @@ class Run:
             raise UserError(f"--out {self.out} has a colon, which joins paths: choose another")
 
     @property
+    def raw(self) -> Path:
+        """The corpus as text."""
+        return self.out / CORPUS / "raw"
+
+    @property
     def data(self) -> Path:
-        return self.out / "corpus" / "binarised"
+        return self.out / CORPUS / "binarised"
 
     @property
     def more_source(self) -> Path:
         """Sentences without translations."""
         if "file" in self.recipe.more_source:
             return Path(self.recipe.more_source["file"])
-        return self.out / "more-source" / "raw" / f"train.{languages(self.data)[0]}"
+        return self.out / MORE_CORPUS / "raw" / f"train.{languages(self.data)[0]}"
 
     def learned(self, targets: str) -> Path:
         """The data with such `targets_of`."""
@@ -120,7 +127,7 @@ class Run:
         return self.out / name / "checkpoint_best.pt"
 
     def translations(self, system: str) -> Path:
-        return self.out / "translations" / f"{file_name(system)}.txt"
+        return self.out / TRANSLATIONS / f"{file_name(system)}.txt"
 
 
 def run_command(words: Sequence[str], log: Path | None = None) -> None:
@@ -149,9 +156,9 @@ def _status(command: Sequence[str], **streams: Any) -> int:
 
 def prepare(run: Run) -> None:
     """The corpus, its subwords and its binarised form; of further source the text matters."""
-    _prepare(run.recipe.prepare, run.out / "corpus")
+    _prepare(run.recipe.prepare, run.out / CORPUS)
     if DISTILLED_MORE in _all_targets(run) and "file" not in run.recipe.more_source:
-        _prepare(run.recipe.more_source, run.out / "more-source")
+        _prepare(run.recipe.more_source, run.out / MORE_CORPUS)
 
 
 def _prepare(options: Options, out: Path) -> None:
@@ -207,7 +214,7 @@ def _is_distilled(run: Run, targets: str) -> bool:
         return False
     if targets == DISTILLED:
         return True
-    return bool(read_json(report)[MORE_SOURCE] == count_and_checksum(run.more_source)[1])
+    return bool(read_json(report)["more_source"] == count_and_checksum(run.more_source)[1])
 
 
 def _start_with(finished: Path, folder: Path) -> None:
@@ -224,16 +231,16 @@ def distill_words(run: Run, targets: str = DISTILLED) -> list[str]:
     """Arguments of ``fairseq-vqem distill``."""
     out = str(run.learned(targets))
     words = ["--teacher", str(run.teacher), "--data", str(run.data), "--out", out]
-    words += ["--text", str(run.out / "corpus" / "raw")]
+    words += ["--text", str(run.raw)]
     words += ["--more-source", str(run.more_source)] if targets == DISTILLED_MORE else []
     return [*words, *flags({"beam": 4, **run.recipe.distill, "device": run.device})]
 
 
 def targets_of(student: Options) -> str:
     """What a student of a recipe learns from: raw, distilled or, with more source, both."""
-    if not student.get(DISTILLED, True):
+    if not student.get("distilled", True):
         return RAW
-    return DISTILLED_MORE if student.get(MORE_SOURCE) else DISTILLED
+    return DISTILLED_MORE if student.get("more_source") else DISTILLED
 
 
 def _all_targets(run: Run) -> set[str]:
@@ -249,8 +256,8 @@ def train_student(run: Run, name: str) -> None:
         validation = _validation_options(decoding)
         options = {"criterion": "vqem_loss", **run.recipe.latent_student, **options, **validation}
     data = run.learned(targets_of(options))
-    for name_of_targets in (DISTILLED, MORE_SOURCE):
-        options.pop(name_of_targets, None)
+    for choice_of_targets in ("distilled", "more_source"):
+        options.pop(choice_of_targets, None)
     origin = _origin(data)
     if options.pop("from_teacher", False):
         options["init_from"] = str(run.teacher)
@@ -321,7 +328,7 @@ def systems(run: Run) -> dict[str, System]:
 
 
 def _system(run: Run, model: str, options: Options) -> System:
-    student = run.recipe.students.get(model, {"task": "translation", DISTILLED: False})
+    student = run.recipe.students.get(model, {"task": "translation", "distilled": False})
     task, trained = student.get("task", VQEM_TASK), run.recipe.trained(model)
     decoding = {VQEM_TASK: LATENT_DECODING, "translation_nat": NAT_DECODING}.get(task, [])
     # fairseq-generate forgets what the training was given
@@ -363,14 +370,15 @@ def _translate_with_engine(run: Run, name: str, system: System) -> None:
     engine = load_engine(
         system.checkpoints, run.data, system.options, device=run.device, threads=threads
     )
-    sources = read_lines(run.out / "corpus" / "raw" / f"test.{languages(run.data)[0]}")
+    sources = read_lines(run.raw / f"test.{languages(run.data)[0]}")
     write_lines(run.translations(name), translate_all(engine, list(sources), BATCH_SIZE))
 
 
 def read_translations(run: Run, system: str) -> tuple[list[str], list[str], list[str]]:
     """Sources, references and hypotheses of a translated test set, complete and in order."""
-    raw = run.out / "corpus" / "raw"
-    sources, references = (list(read_lines(raw / f"test.{lang}")) for lang in languages(run.data))
+    sources, references = (
+        list(read_lines(run.raw / f"test.{lang}")) for lang in languages(run.data)
+    )
     path = run.translations(system)
     if "engine" in systems(run)[system].options:
         return sources, references, list(read_lines(path))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fairseq_vqem.errors import UserError
 
@@ -14,16 +14,10 @@ WARM_UP_AGAIN = (
 )
 
 
-def has_learned(bottleneck: nn.Module) -> bool:
-    """Whether a warm-up has filled a codebook before."""
-    return any(
-        name.rpartition(".")[2] in ("observed", "seen") and buffer.numel() == 1 and buffer > 0
-        for name, buffer in bottleneck.named_buffers()
-    )
-
-
 class LearnsCodebook:
     """Goes before a fairseq task among the bases; the model has a ``bottleneck``."""
+
+    _has_begun = False
 
     def train_step(
         self,
@@ -39,7 +33,9 @@ class LearnsCodebook:
         Raises:
             UserError: a warm-up begins that would overwrite the codebook of a trained model.
         """
-        if update_num == 0 and model.quantise_schedule(0) == 0 and has_learned(model.bottleneck):
+        begins, self._has_begun = not self._has_begun, True  # --amp may repeat update 0
+        warms_up = begins and update_num == 0 and model.quantise_schedule(0) == 0
+        if warms_up and model.bottleneck.has_learned:
             raise UserError(WARM_UP_AGAIN.format("this model", "--quantise-schedule 1"))
         model.bottleneck.gathers = not ignore_grad
         step: tuple[Tensor, int, dict[str, Any]] = super().train_step(  # type: ignore[misc]

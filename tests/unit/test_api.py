@@ -16,7 +16,8 @@ from fairseq_vqem.corpora.binarise import binarise
 from fairseq_vqem.corpora.files import write_lines
 from fairseq_vqem.corpora.subwords import train_subwords
 from fairseq_vqem.errors import UserError
-from fairseq_vqem.generation.api import batches_by_length, split_options
+from fairseq_vqem.export.standalone.translator import batches_by_length
+from fairseq_vqem.generation.api import split_options
 
 ANIMALS = ["cat", "dog", "cow", "fox", "hen"]
 TIERE = ["Katze", "Hund", "Kuh", "Fuchs", "Huhn"]

@@ -56,21 +56,6 @@ def test_only_padding_changes_nothing(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", EM_KINDS)
-def test_a_second_warm_up_starts_as_the_first(kind: str) -> None:
-    """A student that goes on from another one may have a warm-up of its own."""
-    rows = torch.randn(6, 4)
-    fresh, trained = make(kind), make(kind)
-    for _ in range(20):
-        update(trained, torch.randn(3, 4))
-    trained.codebook.observed.copy_(fresh.codebook.observed)
-    for bottleneck in (fresh, trained):
-        warm_up(bottleneck, [rows])
-        torch.manual_seed(0)
-        update(bottleneck, rows)
-    assert_same_state(state(fresh), state(trained))
-
-
-@pytest.mark.parametrize("kind", EM_KINDS)
 def test_evaluation_and_discard_change_nothing(kind: str) -> None:
     bottleneck = in_trouble(kind)
     before = state(bottleneck)

@@ -17,6 +17,16 @@ from bottleneck_helpers import (
     warm_up,
 )
 
+
+@pytest.mark.parametrize("kind", EM_KINDS)
+def test_it_knows_whether_it_has_learned(kind: str) -> None:
+    warmed, trained = make_em(kind, 6, 4), make_em(kind, 6, 4)
+    assert not warmed.has_learned and not trained.has_learned
+    warm_up(warmed, [torch.randn(2, 4)])
+    update(trained, torch.randn(3, 4))
+    assert warmed.has_learned and trained.has_learned
+
+
 # --- precision and evaluation ---------------------------------------------------------------------
 
 

@@ -39,9 +39,7 @@ from fairseq_vqem.export.command import decoding_options, export
 from fairseq_vqem.export.standalone import StandaloneError, StandaloneTranslator, runtime
 from fairseq_vqem.export.standalone.manifest import Options
 from fairseq_vqem.export.standalone.text import Subwords
-from fairseq_vqem.export.standalone.translator import batches_by_length
 from fairseq_vqem.export.teacher import check_teacher
-from fairseq_vqem.generation import api
 from fairseq_vqem.generation.records import LatentSearchOptions
 
 STUDENTS: dict[str, dict[str, Any]] = {
@@ -294,11 +292,6 @@ def test_longest_hypotheses_are_the_models(tiny: Any, latent_length: str, ratio:
     assert options.table_codes >= max(expected)
     if ratio > 100 and latent_length == "end":  # no limit but the table's
         assert set(expected) == {options.table_codes}
-
-
-def test_batches_are_those_of_the_translator() -> None:
-    lengths = [random.Random(n).randint(1, 30) for n in range(50)]
-    assert list(batches_by_length(lengths, 70)) == list(api.batches_by_length(lengths, 70))
 
 
 def test_symbols_of_the_dictionary_stay_text(tmp_path: Path) -> None:

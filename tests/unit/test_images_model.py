@@ -136,6 +136,7 @@ def test_options_without_effect_are_refused_in_training() -> None:
     for options, message in (
         ({"codebook_split": "residual"}, "for several codebooks"),
         ({"code_stream": "factorised"}, "there is only one"),
+        ({"quantise_schedule": "1:0@50"}, "--quantise-schedule 1:0@50 falls"),
     ):
         with pytest.raises(UserError, match=message):
             check_effective(ImageConfig(**{**TINY, **options}))

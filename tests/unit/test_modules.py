@@ -154,25 +154,6 @@ def test_special_symbols_are_impossible(tiny: Any, half: bool) -> None:
     assert shares[..., dictionary.eos()].gt(0).all()
 
 
-def test_incremental_prediction_equals_teacher_forcing(tiny: Any) -> None:
-    model = tiny.model()
-    batch = tiny.batch(tiny.pairs(5))["net_input"]
-    out = model.encoder(batch["src_tokens"], src_lengths=batch["src_lengths"])
-    dictionary = model.latent_dictionary
-    tokens = dictionary.tokens(torch.randint(0, 12, (5, 7)))
-    tokens[:, 0] = dictionary.eos()
-    tokens[1, 4:] = dictionary.pad()
-    tokens[3, 2:] = dictionary.pad()
-    forced, _ = model.latent_predictor(tokens, encoder_out=out)
-    cache: dict[str, Any] = {}
-    for step in range(tokens.size(1)):
-        logits, _ = model.latent_predictor(
-            tokens[:, : step + 1], encoder_out=out, incremental_state=cache
-        )
-        real = tokens[:, step].ne(dictionary.pad())
-        torch.testing.assert_close(logits[real, -1], forced[real, step], **CLOSE)
-
-
 # --- parallel decoder -----------------------------------------------------------------------------
 
 

@@ -265,7 +265,10 @@ def padded(rows: Sequence[Sequence[int]]) -> NDArray[np.int64]:
 
 
 def batches_by_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Yield indices in batches of similar length, the longest first, until all are used."""
+    """Yield indices in batches of similar length, the longest first, until all are used.
+
+    A batch times its longest sentence never exceeds ``max_tokens``, save for a single sentence.
+    """
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
         if batch and (len(batch) + 1) * lengths[batch[0]] > max_tokens:
