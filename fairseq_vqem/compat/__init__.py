@@ -35,6 +35,7 @@ from fairseq_vqem.compat.messages import (
     silence_known_warnings,
 )
 from fairseq_vqem.compat.patching import original
+from fairseq_vqem.compat.precision import keep_exact_parameters, unscale_once
 from fairseq_vqem.compat.processes import enable_cpu_data_parallel, enable_torchrun
 from fairseq_vqem.compat.updates import (
     average_with_versions,
@@ -59,6 +60,7 @@ __all__ = [
     "honour_sacrebleu_flag",
     "install_error_hook",
     "keep_bf16_off_tpu",
+    "keep_exact_parameters",
     "keep_last_batch",
     "leave_out_dummy_batches",
     "make_batches_every_epoch",
@@ -74,6 +76,7 @@ __all__ = [
     "score_validation_in_its_language",
     "silence_known_warnings",
     "synchronise_generation_timer",
+    "unscale_once",
 ]
 
 
@@ -90,6 +93,8 @@ def apply() -> None:
     leave_out_dummy_batches()
     mend_averages()
     average_with_versions()
+    unscale_once()
+    keep_exact_parameters()
     mend_rerank()
     synchronise_generation_timer()
     honour_sacrebleu_flag()

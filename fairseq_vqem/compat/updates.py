@@ -9,6 +9,7 @@ from fairseq.trainer import Trainer
 from torch import Tensor, nn
 
 from fairseq_vqem.compat.patching import patch
+from fairseq_vqem.errors import UserError
 
 
 def discard_rejected_statistics() -> None:
@@ -77,6 +78,7 @@ def mend_averages() -> None:
     def build(step: Callable[..., None]) -> Callable[..., None]:
         def copy_the_rest(self: EMA, new_model: nn.Module, updates: int | None = None) -> None:
             own = self.model.state_dict()
+            _check_precision(self, own)
             for name, value in new_model.state_dict().items():
                 if not torch.is_tensor(value):
                     continue
@@ -98,6 +100,14 @@ def mend_averages() -> None:
         return copy_the_rest
 
     patch(EMA, "_step_internal", build)
+
+
+def _check_precision(ema: EMA, averaged: dict[str, Any]) -> None:
+    found = {each.dtype for each in averaged.values() if torch.is_tensor(each)}
+    if found & {torch.float16, torch.bfloat16} and not ema.config.ema_fp32:
+        raise UserError(
+            "--store-ema in half precision rounds every step of the average away: add --ema-fp32"
+        )
 
 
 def _shared(state: dict[str, Any]) -> list[str]:

@@ -9,7 +9,6 @@ Everything under `--out` is renamed into place, so a killed run continues with t
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -29,12 +28,16 @@ from fairseq_vqem.corpora.files import (
 from fairseq_vqem.corpora.more_source import MoreSource, more_source
 from fairseq_vqem.corpora.reading import languages, read_text
 from fairseq_vqem.corpora.subwords import load_subwords
-from fairseq_vqem.corpora.teaching import Teaching, merged_shards, translate_shards
+from fairseq_vqem.corpora.teaching import (
+    Teaching,
+    default_workers,
+    merged_shards,
+    translate_shards,
+)
 from fairseq_vqem.errors import UserError
 
 PLAN = "plan.json"
 REPORT = "distill-report.json"
-MOST_DEFAULT_WORKERS = 8
 SCORED = 20_000
 
 
@@ -44,7 +47,7 @@ class DistillReport:
 
     sentences: int
     kept_references: int
-    """Sources too long for the teacher, which keep their own target."""
+    """Sources too long for the teacher, or for its output, which keep their own target."""
     empty_outputs: int
     copies_of_source: int
     outputs_at_max_length: int
@@ -92,10 +95,13 @@ def distill(
     if more:
         check_plan(more.teaching)
     (teaching.out / REPORT).unlink(missing_ok=True)  # it says that all is done
+    taught = _taught_more(more) if more else []
+    count = read_json(teaching.data / MANIFEST)["splits"]["train"]["lines"]
+    records, found = _taught(teaching, count)
+    cut = [record is not None and not _ends(teaching, record) for record in records]
+    records = [None if is_cut else record for record, is_cut in zip(records, cut, strict=True)]
     languages_of = languages(teaching.data)
     sources, references = (list(read_lines(text / f"train.{lang}")) for lang in languages_of)
-    records, found = _taught(teaching, len(sources))
-    taught = _taught_more(more) if more else []
     targets = _write_text(teaching, sources, references, records, taught)
     _binarise(teaching, text)
     report = DistillReport(
@@ -103,7 +109,7 @@ def distill(
         kept_references=sum(record is None for record in records),
         empty_outputs=sum(not target for target in targets),
         copies_of_source=sum(s == t for s, t in zip(sources, targets, strict=True)),
-        outputs_at_max_length=sum(not _ends(teaching, record) for record in records if record),
+        outputs_at_max_length=sum(cut),
         length_ratio=sum(map(len, targets)) / max(1, sum(map(len, references))),
         bleu_against_reference=_bleu(targets, references, languages_of[1]),
         seconds=time.monotonic() - started,
@@ -174,7 +180,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shards", type=int, default=20, help="units that a restart can skip")
     parser.add_argument("--max-tokens", type=int, default=2000, help="source tokens in a batch")
     parser.add_argument(
-        "--workers", type=int, help="processes (default: one per core up to 8; on a GPU one)"
+        "--workers", type=int, help="processes (default: one per core up to 8, or one per GPU)"
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--dtype", default="float32", help="float32, float16 or bfloat16")
@@ -190,8 +196,7 @@ def read_teaching(words: Sequence[str]) -> Teaching:
 def _teaching(arguments: argparse.Namespace) -> Teaching:
     options = {name: getattr(arguments, name) for name in Teaching.__dataclass_fields__}
     if arguments.workers is None:
-        on_cpu = arguments.device == "cpu"
-        options["workers"] = min(MOST_DEFAULT_WORKERS, os.cpu_count() or 1) if on_cpu else 1
+        options["workers"] = default_workers(arguments.device)
     return Teaching(**options)
 
 

@@ -2,19 +2,23 @@
 
 One thread per process, since the matrices of beam search are too small to share: on two idle cores
 two processes were a fifth faster than two threads; on busy ones, threads lost most of their speed.
-Several may share a GPU, which one process leaves idle while Python prepares the next step.
+Several may share a GPU, which one process leaves idle while Python prepares the next step; on
+several GPUs they take turns.
 """
 
 from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from fairseq_vqem.corpora.files import read_lines, write_lines
 from fairseq_vqem.corpora.reading import check_direction, languages, read_tokens
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
 
 # Large enough that the teacher never chooses the unknown symbol, finite to keep scores finite.
 UNKNOWN_PENALTY = 1e4
+MOST_DEFAULT_WORKERS = 8
 
 
 @dataclass(frozen=True)
@@ -51,8 +56,9 @@ class Teaching:
 
 def shard_indices(lengths: Sequence[int], shards: int, shard: int) -> list[int]:
     """Return the sentences of one shard: neighbours in length, the longest in shard 0."""
-    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    return order[len(order) * shard // shards : len(order) * (shard + 1) // shards]
+    order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
+    chosen = order[len(order) * shard // shards : len(order) * (shard + 1) // shards]
+    return [int(index) for index in chosen]
 
 
 def translate_shard(teaching: Teaching, translator: Translator, shard: int) -> None:
@@ -94,7 +100,9 @@ def _translate_in_processes(
 ) -> Iterator[int]:
     others = set(multiprocessing.active_children())
     # Spawned, because a fork after torch has started threads can hang.
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    context = multiprocessing.get_context("spawn")
+    counter = context.Value("i", 0)
+    pool = ProcessPoolExecutor(workers, context, initializer=_count_off, initargs=(counter,))
     try:
         work = [pool.submit(_work, teaching, shard) for shard in pending]
         yield from (finished.result() for finished in as_completed(work))
@@ -111,8 +119,9 @@ def _translate_in_processes(
     finally:
         # Not the pool's own ``with``: that works through every shard that waits.
         pool.shutdown(cancel_futures=True)
-        for path in teaching.shard_file(0).parent.glob(".*.part"):  # of whoever was ended
-            path.unlink(missing_ok=True)
+        for path in teaching.shard_file(0).parent.glob(".*.part"):
+            if not _is_running(int(path.name.split(".")[-2])):  # of whoever was ended
+                path.unlink(missing_ok=True)
 
 
 def merged_shards(teaching: Teaching, count: int) -> list[str | None]:
@@ -142,7 +151,43 @@ def _read_shard(path: Path) -> list[tuple[int, str | None]]:
         raise UserError(f"{path} is damaged; delete it and start again.") from error
 
 
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
+
+
+def default_workers(device: str) -> int:
+    """One for each core, up to `MOST_DEFAULT_WORKERS`, or one for each GPU that ``cuda`` names."""
+    if device == "cpu":
+        return min(MOST_DEFAULT_WORKERS, os.cpu_count() or 1)
+    import torch
+
+    return max(1, torch.cuda.device_count()) if device == "cuda" else 1
+
+
 _teacher: Translator | None = None
+_number = 0
+"""Of this process among those of the pool."""
+
+
+def _count_off(counter: Any) -> None:
+    global _number
+    with counter.get_lock():
+        _number = counter.value
+        counter.value += 1
+
+
+def own_device(device: str, number: int) -> str:
+    """Where the process ``number`` of a pool works: ``cuda`` stands for all GPUs in turn."""
+    import torch
+
+    count = torch.cuda.device_count() if device == "cuda" else 0
+    return f"cuda:{number % count}" if count > 1 else device
 
 
 def _work(teaching: Teaching, shard: int) -> int:
@@ -168,7 +213,7 @@ def _load(teaching: Teaching) -> Translator:
     translator = Translator.from_checkpoint(
         teaching.teacher,
         teaching.data,
-        device=teaching.device,
+        device=own_device(teaching.device, _number),
         dtype=teaching.dtype,
         max_tokens=teaching.max_tokens,
         beam=teaching.beam,

@@ -108,7 +108,8 @@ def _train(
     seed: int,
 ) -> Path:
     updates = int(options["max_update"])
-    rest = {name: value for name, value in options.items() if name != "max_update"}
+    rest = {"distributed_world_size": 1, **options}
+    rest.pop("max_update")
     words = [str(data), "--user-dir", USER_DIR, *words, "--no-epoch-checkpoints"]
     words += ["--seed", str(seed), *([] if experiment.device == "cuda" else ["--cpu"])]
     folder.mkdir(parents=True, exist_ok=True)

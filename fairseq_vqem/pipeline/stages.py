@@ -176,7 +176,9 @@ def train_words(run: Run, data: Path, options: Options) -> tuple[list[str], int]
     words = [str(data), "--user-dir", USER_DIR, "-s", source, "-t", target]
     words += ["--seed", str(run.recipe.seed), "--no-epoch-checkpoints"]
     words += [] if run.device == "cuda" else ["--cpu"]
-    return words + flags({**choice(merged), **merged}), max_update
+    # of every GPU that it finds fairseq would make a worker, each with a batch of its own
+    known = {"distributed_world_size": 1, **choice(merged)}
+    return words + flags({**known, **merged}), max_update
 
 
 def choice(options: Options) -> Options:

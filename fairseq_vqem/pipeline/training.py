@@ -29,6 +29,8 @@ PATHS = {
     "--finetune-from-model": "student",
 }
 """Flags whose value is a path, and what holds the checksum of what lies there, wherever that is."""
+OF_EARLIER = {"--distributed-world-size": ["1"]}  # what trainings had before it was said
+FILES_ALONE = ("--keep-interval-updates",)  # which files stay changes no parameter
 
 
 def train(
@@ -91,8 +93,9 @@ def _check_same_training(
         write_json(options, list(words))  # last: without it the folder counts as new
         return
     recorded = read_json(sources) if sources.is_file() else None
-    before, now = by_flag(read_json(options)), by_flag(words)
-    unlike = sorted(flag for flag in {*before, *now} if before.get(flag) != now.get(flag))
+    before, now = ({**OF_EARLIER, **by_flag(each)} for each in (read_json(options), words))
+    compared = {*before, *now}.difference(FILES_ALONE)
+    unlike = sorted(flag for flag in compared if before.get(flag) != now.get(flag))
     moved = [flag for flag, known in PATHS.items() if known is None or known in (origin or ())]
     unlike = [f for f in unlike if f not in moved or (f in before) != (f in now)]
     problem = f"with other options ({', '.join(unlike)})" if unlike else ""

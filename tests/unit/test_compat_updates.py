@@ -14,6 +14,7 @@ from fairseq.trainer import Trainer
 
 from fairseq_vqem import compat
 from fairseq_vqem.bottlenecks import BottleneckOptions, build_bottleneck
+from fairseq_vqem.errors import UserError
 
 
 @pytest.mark.parametrize("kind", EM_KINDS)
@@ -79,11 +80,11 @@ def test_the_average_of_a_model_copies_its_counters(kind: str, fp32: bool) -> No
             torch.testing.assert_close(averaged[name], wanted, msg=name)
 
 
-@pytest.mark.parametrize("fp32", [False, True])
-def test_the_average_of_half_a_transformer_counts_shared_embeddings_once(
-    tiny: Any, fp32: bool
+@pytest.mark.parametrize(("dtype", "fp32"), [("float", False), ("float", True), ("bfloat16", True)])
+def test_the_average_of_a_transformer_counts_shared_embeddings_once(
+    tiny: Any, dtype: str, fp32: bool
 ) -> None:
-    model = tiny.model().bfloat16()
+    model = getattr(tiny.model(), dtype)()
     start = {name: value.clone() for name, value in model.state_dict().items()}
     ema = EMA(model, EMAConfig(store_ema=True, ema_decay=0.75, ema_fp32=fp32))
     with torch.no_grad():
@@ -124,3 +125,14 @@ def test_models_without_a_codebook_are_left_alone() -> None:
     optimizer = SimpleNamespace(zero_grad=lambda: None)
     Trainer.zero_grad(SimpleNamespace(optimizer=optimizer, get_model=lambda: torch.nn.Linear(1, 1)))
     assert compat.original(Trainer.zero_grad) is not Trainer.zero_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_an_average_in_half_precision_needs_an_exact_copy(dtype: torch.dtype) -> None:
+    """A step of 1 - decay times a difference is too small to change a rounded number."""
+    model = torch.nn.Linear(3, 2).to(dtype)
+    rounded = EMA(model, EMAConfig(store_ema=True, ema_decay=0.9999))
+    with pytest.raises(UserError, match="add --ema-fp32"):
+        rounded.step(model, 1)
+    exact = EMA(model, EMAConfig(store_ema=True, ema_decay=0.75, ema_fp32=True))
+    exact.step(model, 1)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +21,14 @@ from fairseq_vqem.corpora import teaching as teaching_module
 from fairseq_vqem.corpora.distill import check_plan, distill, plan_file
 from fairseq_vqem.corpora.files import read_json, read_lines, write_json, write_lines
 from fairseq_vqem.corpora.reading import read_split
-from fairseq_vqem.corpora.teaching import Teaching, merged_shards, shard_indices, translate_shards
+from fairseq_vqem.corpora.teaching import (
+    Teaching,
+    default_workers,
+    merged_shards,
+    own_device,
+    shard_indices,
+    translate_shards,
+)
 from fairseq_vqem.errors import UserError
 
 
@@ -38,7 +47,7 @@ def whole(folder: Path) -> Teaching:
         data=folder / "data",
         out=folder / "whole",
         beam=2,
-        max_length=20,
+        max_length=60,
         shards=4,
         max_tokens=40,
     )
@@ -62,13 +71,21 @@ def test_only_the_train_targets_change(whole: Teaching) -> None:
         assert (whole.out / name).read_bytes() == (whole.data / name).read_bytes()
 
 
+def endless(teaching: Teaching) -> list[int]:
+    """Sentences whose translation was cut off."""
+    records = enumerate(merged_shards(teaching, len(PAIRS)))
+    return [n for n, record in records if record and len(record.split()) >= teaching.max_length]
+
+
 def test_targets_are_the_teachers_in_order(whole: Teaching) -> None:
     from fairseq_vqem import Translator
 
     teacher = Translator.from_checkpoint(
-        whole.teacher, whole.data, beam=2, max_len_b=20, unkpen=1e4, max_tokens=1
+        whole.teacher, whole.data, beam=2, max_len_b=60, unkpen=1e4, max_tokens=1
     )
     expected = teacher.translate([source for source, _ in PAIRS])
+    for place in endless(whole):
+        expected[place] = PAIRS[place][1]
     assert list(read_lines(whole.out / "text" / "train.de")) == expected
     pieces = list(read_lines(whole.out / "text" / "train.pieces.de"))
     assert [teacher.subwords.decode(line) for line in pieces] == expected
@@ -77,7 +94,8 @@ def test_targets_are_the_teachers_in_order(whole: Teaching) -> None:
 def test_report(whole: Teaching) -> None:
     report = read_result(whole.out / "distill-report.json")
     targets = list(read_lines(whole.out / "text" / "train.de"))
-    assert report["sentences"] == len(PAIRS) and report["kept_references"] == 0
+    assert report["sentences"] == len(PAIRS)
+    assert report["kept_references"] == report["outputs_at_max_length"] == len(endless(whole))
     assert report["empty_outputs"] == targets.count("")
     ratio = sum(map(len, targets)) / sum(len(target) for _, target in PAIRS)
     assert report["length_ratio"] == pytest.approx(ratio)
@@ -152,6 +170,36 @@ def test_a_stopped_distillation_leaves_the_rest_alone(
     assert [path.name for path in (tmp_path / "shards").iterdir()] == ["00000.jsonl"]
 
 
+@pytest.mark.parametrize("running", [True, False])
+def test_half_written_files_of_others_are_left_to_them(
+    whole: Teaching, tmp_path: Path, running: bool
+) -> None:
+    """Of another call for the same folder."""
+    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    if not running:
+        other.communicate(b"\n")
+    parallel = replace(whole, out=tmp_path, workers=2)
+    part = tmp_path / "shards" / f".00000.jsonl.{other.pid}.part"
+    part.parent.mkdir()
+    part.touch()
+    check_plan(parallel)
+    list(translate_shards(parallel, range(2)))
+    assert part.exists() == running
+    other.kill()
+    other.communicate()
+
+
+def test_gpus_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = ("cuda", "cuda:1", "cpu")
+    for gpus, workers, found in (
+        (2, [2, 1], [["cuda:0", "cuda:1", "cuda:0"], ["cuda:1"] * 3, ["cpu"] * 3]),
+        (1, [1, 1], [["cuda"] * 3, ["cuda:1"] * 3, ["cpu"] * 3]),
+    ):
+        monkeypatch.setattr("torch.cuda.device_count", lambda gpus=gpus: gpus)
+        assert [default_workers(device) for device in devices[:2]] == workers
+        assert [[own_device(device, n) for n in range(3)] for device in devices] == found
+
+
 def test_translations_of_nobody_are_refused(whole: Teaching, tmp_path: Path) -> None:
     copy = replace(whole, out=tmp_path / "copy")
     shutil.copytree(whole.out, copy.out)
@@ -176,7 +224,7 @@ def test_long_sources_keep_their_targets(
     assert 0 < report.kept_references < len(PAIRS)
     targets = list(read_lines(cut.out / "text" / "train.de"))
     records = merged_shards(cut, len(PAIRS))
-    kept = [n for n, record in enumerate(records) if record is None]
+    kept = [n for n, record in enumerate(records) if record is None] + endless(cut)
     assert [targets[n] for n in kept] == [PAIRS[n][1] for n in kept]
     assert len(kept) == report.kept_references and len(targets) == len(PAIRS)
 
@@ -184,7 +232,9 @@ def test_long_sources_keep_their_targets(
 def test_outputs_that_never_end_are_counted(whole: Teaching, tmp_path: Path) -> None:
     short = replace(whole, out=tmp_path / "short", max_length=2, shards=1)
     report = distill(short)
-    assert report.outputs_at_max_length > 0
+    assert 0 < report.outputs_at_max_length == report.kept_references
+    targets = list(read_lines(short.out / "text" / "train.de"))
+    assert [targets[n] for n in endless(short)] == [PAIRS[n][1] for n in endless(short)]
 
 
 def test_lost_and_repeated_sentences_are_detected(whole: Teaching, tmp_path: Path) -> None:

@@ -87,6 +87,16 @@ def test_a_training_may_be_moved(tmp_path: Path) -> None:
         train(tmp_path, without, "a run", 10, {"data": "abc", "teacher": "def"})
 
 
+def test_a_training_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
+    """It did not say that it had one worker, and which of its files stay does not matter."""
+    finished(tmp_path, data="abc")
+    write_json(tmp_path / OPTIONS, [*read_json(tmp_path / OPTIONS), "--keep-interval-updates", "0"])
+    words = [*WORDS, "--keep-interval-updates", "1", "--distributed-world-size"]
+    train(tmp_path, [*words, "1"], "a run", 10, {"data": "abc"})
+    with pytest.raises(UserError, match=r"with other options \(--distributed-world-size\)"):
+        train(tmp_path, [*words, "8"], "a run", 10, {"data": "abc"})
+
+
 def test_a_path_of_unknown_content_is_an_option(tmp_path: Path) -> None:
     words = [*WORDS, "--init-from", "a.pt"]
     train_folder = finished(tmp_path, data="abc").parent

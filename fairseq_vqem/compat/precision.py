@@ -1,0 +1,68 @@
+"""Optimisers of half precision and of --amp."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from fairseq.optim.amp_optimizer import AMPOptimizer
+from fairseq.optim.fp16_optimizer import _FP16OptimizerMixin
+from torch import Tensor
+
+from fairseq_vqem.compat.patching import patch
+
+EXACT = "fp32_params"
+
+
+def unscale_once() -> None:
+    """--amp divides the gradients by the loss scale twice.
+
+    torch's scaler keeps a record of each optimiser; fairseq shows it its own wrapper for the step
+    and torch's optimiser for the norm, and so they count as two.
+    """
+
+    def build(step: Callable[..., None]) -> Callable[..., None]:
+        def step_of_the_same(self: AMPOptimizer) -> None:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+
+        return step_of_the_same
+
+    patch(AMPOptimizer, "step", build)
+
+
+def keep_exact_parameters() -> None:
+    """A training in half precision that goes on begins with rounded parameters.
+
+    fairseq saves the model in half precision and the state of the optimiser, but not the float32
+    parameters that the optimiser works on: it makes these anew of the model. Here they are saved
+    with the optimiser's state; a checkpoint without them is read as by fairseq.
+    """
+
+    def build_save(state_dict: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+        def with_parameters(self: Any) -> dict[str, Any]:
+            parameters = [each.detach().clone() for each in _parameters(self)]
+            return {**state_dict(self), EXACT: parameters}
+
+        return with_parameters
+
+    def build_load(load_state_dict: Callable[..., None]) -> Callable[..., None]:
+        def with_parameters(self: Any, state: dict[str, Any], *args: Any, **options: Any) -> None:
+            rest = {name: value for name, value in state.items() if name != EXACT}
+            load_state_dict(self, rest, *args, **options)
+            saved, own = state.get(EXACT, []), _parameters(self)
+            if [each.shape for each in saved] != [each.shape for each in own]:
+                return
+            with torch.no_grad():
+                for parameter, exact in zip(own, saved, strict=True):
+                    parameter.copy_(exact)
+
+        return with_parameters
+
+    patch(_FP16OptimizerMixin, "state_dict", build_save)
+    patch(_FP16OptimizerMixin, "load_state_dict", build_load)
+
+
+def _parameters(optimizer: Any) -> list[Tensor]:
+    """One flat tensor for each device, or a tensor for each parameter."""
+    found = optimizer.fp32_params
+    return list(found.values()) if isinstance(found, dict) else list(found)
