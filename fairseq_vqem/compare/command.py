@@ -37,7 +37,9 @@ def _run(arguments: argparse.Namespace) -> int:
     settings = read_settings(run.recipe, stages.systems(run))
     check(run)
     stages.prepare(run)
-    check_no_leak(run.raw, languages(run.data)[0])
+    overlap = check_no_leak(run.raw, languages(run.data)[0], settings.test_overlap)
+    if overlap:
+        print(f"{overlap} test sentences are in the training or validation data", flush=True)
     train_all(run)
     print(compare(run, settings))
     print(f"\nTook {(time.monotonic() - started) / 60:.1f} minutes.")

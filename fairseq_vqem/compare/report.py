@@ -22,6 +22,7 @@ from fairseq_vqem.benchmark.signature import make_signature
 from fairseq_vqem.benchmark.tables import ResultRow, ResultTable, latency_columns, write_table
 from fairseq_vqem.benchmark.throughput import Throughput, summarise_throughput
 from fairseq_vqem.benchmark.timing import medians_by_length, speedup
+from fairseq_vqem.compare.fairness import check_no_leak
 from fairseq_vqem.compare.settings import Settings
 from fairseq_vqem.corpora.reading import languages
 from fairseq_vqem.pipeline.report import training_summary
@@ -104,6 +105,7 @@ def make_table(findings: Findings) -> tuple[ResultTable, dict[str, Any]]:
         "throughput": {name: asdict(findings.throughput(name)) for name in findings.systems},
         "timings_signature": findings.timings["signature"],
         "same_output_timed_and_scored": dict(findings.same_outputs),
+        "test_overlap": check_no_leak(run.raw, languages(run.data)[0], allowed=True),
         "models": {name: system.model for name, system in findings.systems.items()},
         "training": training,
         "code_counts": usage(findings),

@@ -34,6 +34,8 @@ class Settings:
         throughput_repeats: passes over them at each batch size, after one untimed.
         sampled: systems that two runs may translate differently, such as fairseq's sampling.
         comet: path of a COMET checkpoint; without it COMET is left out.
+        test_overlap: go on where test sentences are in the training or validation data, as in
+            splits of IWSLT and WMT; their number is reported.
     """
 
     baselines: Sequence[str] = (TEACHER_BEAM,)
@@ -47,6 +49,7 @@ class Settings:
     throughput_repeats: int = 3
     sampled: Sequence[str] = ()
     comet: str | None = None
+    test_overlap: bool = False
 
 
 def read_settings(recipe: Recipe, systems: Collection[str]) -> Settings:
@@ -89,6 +92,8 @@ def read_settings(recipe: Recipe, systems: Collection[str]) -> Settings:
         value = getattr(settings, name)
         if not is_count(value, 1):
             raise UserError(f"the compare option {name} is {value}: it must be at least 1")
+    if not isinstance(settings.test_overlap, bool):
+        raise UserError(f"the compare option test_overlap is {settings.test_overlap}: true or not")
     if settings.comet:
         check_comet(settings.comet)
     taken = {*FOLDERS, *recipe.students}
