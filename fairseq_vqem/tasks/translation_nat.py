@@ -1,6 +1,5 @@
 """Translation with the peers: fairseq's NAT models, ``ctc_nat`` and ``fertility_nat``."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Optional
@@ -31,6 +30,7 @@ from fairseq_vqem.peers.rules import (
     check_training,
     rules_of,
 )
+from fairseq_vqem.tasks.data_folders import check_data_folders
 from fairseq_vqem.tasks.validation import bleu_log, log_bleu, unwrapped
 
 
@@ -65,12 +65,7 @@ class TranslationNATTask(TranslationLevenshteinTask):
 
     @classmethod
     def setup_task(cls, cfg: TranslationNATConfig, **kwargs: Any) -> "TranslationNATTask":
-        for folder in utils.split_paths(cfg.data or ""):
-            if not os.path.isdir(folder):
-                raise UserError(
-                    f"the data folder {folder} does not exist: give the output folder of"
-                    " fairseq-vqem prepare or fairseq-preprocess"
-                )
+        check_data_folders(cfg.data)
         task: TranslationNATTask = super().setup_task(cfg, **kwargs)
         return task
 

@@ -1,7 +1,6 @@
 """Translation with discrete latents on top of fairseq's translation task."""
 
 import json
-import os
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from fairseq_vqem.generation.records import LatentSearchOptions
 from fairseq_vqem.models.config import option
 from fairseq_vqem.models.vqem_transformer import VQEMTransformer
 from fairseq_vqem.tasks.codebook import LearnsCodebook
+from fairseq_vqem.tasks.data_folders import check_data_folders
 from fairseq_vqem.tasks.noise import drop_words, shuffle_words
 from fairseq_vqem.tasks.validation import bleu_log, log_bleu, unwrapped
 
@@ -110,12 +110,7 @@ class TranslationVQEMTask(LearnsCodebook, TranslationTask):
 
     @classmethod
     def setup_task(cls, cfg: TranslationVQEMConfig, **kwargs: Any) -> "TranslationVQEMTask":
-        for folder in utils.split_paths(cfg.data or ""):
-            if not os.path.isdir(folder):
-                raise UserError(
-                    f"the data folder {folder} does not exist: give the output folder of"
-                    " fairseq-vqem prepare or fairseq-preprocess"
-                )
+        check_data_folders(cfg.data)
         task: TranslationVQEMTask = super().setup_task(cfg, **kwargs)
         return task
 

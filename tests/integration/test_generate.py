@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from workshop import SIZES, SOURCE, TARGET, USER_DIR, Outcome, Workshop, write
+from workshop import (
+    ENVIRONMENT,
+    EXAMPLES,
+    SIZES,
+    SOURCE,
+    TARGET,
+    USER_DIR,
+    Outcome,
+    Workshop,
+    write,
+)
 
 from fairseq_vqem import Translator
 from fairseq_vqem.corpora.subwords import load_subwords
@@ -50,6 +62,19 @@ def test_student_tells_sentences_apart(one_by_one: list[str]) -> None:
 def test_default_generation_is_complete_and_in_order(plain: Outcome, one_by_one: list[str]) -> None:
     assert best(plain) == one_by_one
     assert "Generate test" in plain.text
+
+
+def test_the_example_translates_standard_input(
+    workshop: Workshop, student: Path, translator: Translator
+) -> None:
+    sources = workshop.sources(7)
+    command = [sys.executable, EXAMPLES / "translate.py", student, workshop.data]
+    text = "\ufeff" + "".join(f"{source}\n" for source in sources)
+    done = subprocess.run(
+        command, input=text, capture_output=True, encoding="utf-8", env=ENVIRONMENT, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[:-1] == translator.translate(sources)
 
 
 @pytest.mark.parametrize("count", [count for count in SIZES if count != MANY])
