@@ -186,8 +186,11 @@ class Bottleneck(nn.Module):
 
     @property
     def has_learned(self) -> bool:
-        """Whether it has a codebook from data, which a warm-up (`observe`) would overwrite."""
-        return False
+        """Whether it has a codebook from data, which a warm-up (`observe`) would overwrite.
+
+        Here: whether a part of it says so. A class with an ``observe`` of its own says it itself.
+        """
+        return any(getattr(part, "has_learned", False) for part in self.modules() if part != self)
 
     def observe(self, vectors: Tensor) -> None:
         """See unquantised ``vectors`` ``[N, D]`` of the warm-up; may serve as initialisation."""

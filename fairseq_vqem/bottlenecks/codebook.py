@@ -188,6 +188,7 @@ class EMACodebook(Float32Buffers):
         slots = (self.observed + torch.arange(rows.size(0), device=rows.device)) % self.size
         self.embeddings[slots] = rows
         self.sums[slots] = self.first_count * rows
+        self.counts[slots] = self.first_count  # of another --dead-code-threshold until now, perhaps
         self.observed += rows.size(0)
 
     def _seed(self, rows: Tensor) -> None:

@@ -106,10 +106,6 @@ class CompositeBottleneck(Bottleneck):
         for block in self.parts:
             block.set_num_updates(num_updates)
 
-    @property
-    def has_learned(self) -> bool:
-        return any(block.has_learned for block in self.parts)
-
     def commit(self) -> None:
         for block in self.parts:
             block.commit()

@@ -139,10 +139,6 @@ class EMBottleneck(Bottleneck):
     def lookup(self, codes: Tensor) -> Tensor:
         return self.codebook.embeddings[codes]
 
-    @property
-    def has_learned(self) -> bool:
-        return self.codebook.has_learned
-
     def observe(self, vectors: Tensor) -> None:
         if self.gathers:
             self.codebook.observe(vectors)

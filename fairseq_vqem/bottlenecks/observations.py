@@ -24,6 +24,10 @@ class ObservationRing(nn.Module):
         self.register_buffer("seen", torch.zeros((), dtype=torch.long))
         self._pending: list[Tensor] = []
 
+    @property
+    def has_learned(self) -> bool:
+        return bool(self.seen > 0)
+
     def add(self, vectors: Tensor) -> None:
         """Remember ``vectors`` ``[N, D]`` until the next ``commit``."""
         self._pending.append(vectors.detach())
@@ -85,7 +89,7 @@ class ParameterCodebook(Float32Buffers, Bottleneck):
     @property
     def has_learned(self) -> bool:
         """Whether a warm-up or the optimiser has changed what it started with."""
-        return bool(self.observations.seen > 0 or self.offset.any())
+        return super().has_learned or bool(self.offset.any())
 
     def observe(self, vectors: Tensor) -> None:
         """Remember warm-up outputs ``[N, D]``; the newest K become the first codebook."""

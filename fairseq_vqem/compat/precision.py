@@ -35,7 +35,8 @@ def keep_exact_parameters() -> None:
 
     fairseq saves the model in half precision and the state of the optimiser, but not the float32
     parameters that the optimiser works on: it makes these anew of the model. Here they are saved
-    with the optimiser's state; a checkpoint without them is read as by fairseq.
+    with the optimiser's state. A checkpoint without them is read as by fairseq, and so is one whose
+    model is another than that of the optimiser, such as an average.
     """
 
     def build_save(state_dict: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
@@ -50,7 +51,12 @@ def keep_exact_parameters() -> None:
             rest = {name: value for name, value in state.items() if name != EXACT}
             load_state_dict(self, rest, *args, **options)
             saved, own = state.get(EXACT, []), _parameters(self)
-            if [each.shape for each in saved] != [each.shape for each in own]:
+            half = self.fp16_params[0].dtype
+            rounded = [each.to(half).float() for each in saved]
+            if len(saved) != len(own) or not all(
+                torch.equal(a, b.detach().cpu().float())
+                for a, b in zip((each.cpu() for each in rounded), own, strict=True)
+            ):
                 return
             with torch.no_grad():
                 for parameter, exact in zip(own, saved, strict=True):

@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from fairseq_vqem.benchmark.scoring import score
 from fairseq_vqem.benchmark.signature import make_signature, write_result
@@ -224,6 +225,8 @@ def _check(teaching: Teaching) -> None:
     check_numbers(teaching)
     if teaching.out.resolve() == teaching.data.resolve():
         raise UserError("--out must not be --data, or the original targets would be lost.")
+    if "train" not in read_json(teaching.data / MANIFEST)["splits"]:
+        raise UserError(f"{teaching.data} has no train split; prepare the data with one.")
     for path in teaching.teacher.split(":"):
         if not Path(path).is_file():
             raise UserError(f"The teacher {path} does not exist; check the path.")
@@ -249,7 +252,33 @@ def check_plan(teaching: Teaching) -> None:
     Raises:
         UserError: ``teaching.out`` holds such a one, or one that nothing is known of.
     """
-    plan = {
+    plan = plan_of(teaching)
+    path = plan_file(teaching.out)
+    if not path.is_file():
+        if any(path.parent.glob("*.jsonl")):
+            raise UserError(
+                f"{path.parent} holds translations, but no {PLAN} that says whose: delete it and"
+                " start again."
+            )
+        write_json(path, plan)
+        return
+    found = read_plan(teaching.out)
+    changed = [key for key, value in plan.items() if found.get(key) != value]
+    if changed:
+        raise UserError(
+            f"{teaching.out} holds a distillation with other {', '.join(changed)}; "
+            "repeat its options or choose another --out."
+        )
+
+
+def read_plan(out: Path) -> dict[str, Any]:
+    """The `plan_of` a distillation into the folder ``out``."""
+    return {"dtype": "float32", **read_json(plan_file(out))}  # which plans did not name once
+
+
+def plan_of(teaching: Teaching) -> dict[str, Any]:
+    """What decides about the translations."""
+    return {
         "teachers": [file_sha256(Path(path)) for path in teaching.teacher.split(":")],
         "data": data_checksum(teaching.data),
         "beam": teaching.beam,
@@ -260,22 +289,6 @@ def check_plan(teaching: Teaching) -> None:
         "max_tokens": teaching.max_tokens,
         "dtype": teaching.dtype,
     }
-    path = plan_file(teaching.out)
-    if not path.is_file():
-        if any(path.parent.glob("*.jsonl")):
-            raise UserError(
-                f"{path.parent} holds translations, but no {PLAN} that says whose: delete it and"
-                " start again."
-            )
-        write_json(path, plan)
-        return
-    found = {"dtype": "float32", **read_json(path)}  # which plans did not name once
-    changed = [key for key, value in plan.items() if found.get(key) != value]
-    if changed:
-        raise UserError(
-            f"{teaching.out} holds a distillation with other {', '.join(changed)}; "
-            "repeat its options or choose another --out."
-        )
 
 
 def _decoded_text(teaching: Teaching) -> Path:

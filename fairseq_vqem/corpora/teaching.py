@@ -222,4 +222,9 @@ def _load(teaching: Teaching) -> Translator:
         unkpen=UNKNOWN_PENALTY,
     )
     check_direction(teaching.teacher, translator.task, teaching.data)
+    longest = min(int(model.max_decoder_positions()) for model in translator.models) - 1
+    if teaching.max_length > longest:  # else its outputs would seem to end there
+        raise UserError(
+            f"The teacher writes at most {longest} subwords: give --max-length {longest} or less."
+        )
     return translator

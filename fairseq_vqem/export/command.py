@@ -38,7 +38,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--weights",
         choices=WEIGHTS,
         default="float32",
-        help="float32 gives the tokens of fairseq-generate; int8 is a quarter of the size, faster,"
+        help="float32 gives the tokens of fairseq-generate; int8 has less than half the size, is faster"
         " and changes some tokens",
     )
     parser.add_argument(

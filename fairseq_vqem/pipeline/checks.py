@@ -23,6 +23,8 @@ def check(run: Run) -> None:
             another would begin by a warm-up; distillation cannot be done so.
     """
     check_numbers(read_teaching(distill_words(run)))
+    if "file" in run.recipe.more_source and not run.more_source.is_file():
+        raise UserError(f"more_source names {run.more_source}, which does not exist")
     for model in (TEACHER, *run.recipe.students):
         trained = run.recipe.trained(model)
         validates = trained.get("eval_bleu") or trained.get("eval_latent_bleu")

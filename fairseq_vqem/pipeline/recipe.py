@@ -45,7 +45,8 @@ class Recipe:
         teacher: fairseq-train options of the AR teacher.
         distill: options of ``fairseq-vqem distill``.
         more_source: arguments of ``fairseq-vqem prepare`` for further sentences, of which the
-            source side alone is used, or ``file`` and the path of such sentences, one a line.
+            source side alone is used, or ``file`` and the path of such sentences, one a line, from
+            the working directory.
         latent_student: fairseq-train options of every student with latents.
         students: for each student by name, its fairseq-train options, and among them
             ``distilled`` (true: distilled targets), ``more_source`` (true: the teacher's
@@ -165,7 +166,14 @@ def _check_corpora(recipe: Recipe) -> None:
             language = options.get(option, "")
             if not isinstance(language, str):  # YAML reads no (Norwegian) as false
                 raise UserError(f"the {option} of {key} is {language}: put it in quotes")
-    for name, student in recipe.students.items():
+    for option in ("more_source", "more-source"):
+        if option in recipe.distill:
+            raise UserError(
+                "the more_source of distill is a part of the recipe of its own: put it there, and"
+                " more_source: true among the options of the students that learn from it"
+            )
+    for name in recipe.students:
+        student = recipe.trained(name)
         if not student.get("more_source"):
             continue
         if not student.get("distilled", True):

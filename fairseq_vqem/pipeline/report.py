@@ -22,7 +22,6 @@ from fairseq_vqem.benchmark.tables import (
 from fairseq_vqem.corpora.distill import REPORT
 from fairseq_vqem.corpora.files import read_json, write_columns
 from fairseq_vqem.corpora.reading import languages
-from fairseq_vqem.pipeline.recipe import DISTILLED, DISTILLED_MORE
 from fairseq_vqem.pipeline.stages import (
     TEACHER_GREEDY,
     VQEM_TASK,
@@ -30,6 +29,7 @@ from fairseq_vqem.pipeline.stages import (
     read_translations,
     reconstruct_test,
     systems,
+    targets_of,
 )
 from fairseq_vqem.pipeline.training import FINISHED, LOG, read_log
 
@@ -72,7 +72,8 @@ def write_report(run: Run) -> str:
         sacrebleu=metrics,
         engines=engine_versions(system.options for system in systems(run).values()),
     )
-    reports = [run.learned(targets) / REPORT for targets in (DISTILLED, DISTILLED_MORE)]
+    learned = {targets_of(run.recipe.trained(name)) for name in run.recipe.students}
+    reports = [run.learned(targets) / REPORT for targets in sorted(learned)]
     table = ResultTable(run.recipe.name, rows, COLUMNS)
     write_table(
         run.out / "result.json",

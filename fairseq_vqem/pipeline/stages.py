@@ -19,7 +19,14 @@ from fairseq_vqem.benchmark.engines import load_engine, translate_all
 from fairseq_vqem.benchmark.scoring import read_generate_output
 from fairseq_vqem.benchmark.signature import device_name
 from fairseq_vqem.corpora.binarise import data_checksum
-from fairseq_vqem.corpora.distill import REPORT, check_plan, plan_file, read_teaching
+from fairseq_vqem.corpora.distill import (
+    REPORT,
+    check_plan,
+    plan_file,
+    plan_of,
+    read_plan,
+    read_teaching,
+)
 from fairseq_vqem.corpora.files import (
     count_and_checksum,
     file_sha256,
@@ -31,6 +38,7 @@ from fairseq_vqem.corpora.files import (
 )
 from fairseq_vqem.corpora.reading import languages
 from fairseq_vqem.corpora.subwords import load_subwords
+from fairseq_vqem.corpora.teaching import Teaching
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.generation.api import checked_device
 from fairseq_vqem.peers.alignments import alignment_prefix
@@ -157,8 +165,12 @@ def _status(command: Sequence[str], **streams: Any) -> int:
 def prepare(run: Run) -> None:
     """The corpus, its subwords and its binarised form; of further source the text matters."""
     _prepare(run.recipe.prepare, run.out / CORPUS)
-    if DISTILLED_MORE in _all_targets(run) and "file" not in run.recipe.more_source:
+    if DISTILLED_MORE not in _all_targets(run):
+        return
+    if "file" not in run.recipe.more_source:
         _prepare(run.recipe.more_source, run.out / MORE_CORPUS)
+    if not run.more_source.is_file():
+        raise UserError(f"more_source has no text {run.more_source}: give another corpus or file")
 
 
 def _prepare(options: Options, out: Path) -> None:
@@ -199,13 +211,13 @@ def distill(run: Run) -> None:
         UserError: they are there already, but of another teacher or made with other options.
     """
     for targets in sorted(_all_targets(run) - {RAW}):  # the one with more source last
-        words, folder = distill_words(run, targets), run.learned(targets)
+        words = distill_words(run, targets)
         if _is_distilled(run, targets):
             check_plan(read_teaching(words))
             print(f"{targets}: finished before")
             continue
         if targets == DISTILLED_MORE:
-            _start_with(run.learned(DISTILLED), folder)
+            _start_with(run.learned(DISTILLED), read_teaching(words))
         run_command(["fairseq_vqem.cli", "distill", *words])
 
 
@@ -214,19 +226,20 @@ def _is_distilled(run: Run, targets: str) -> bool:
     # Without the plan nothing says whose translations they are.
     if not report.is_file() or not plan_file(report.parent).is_file():
         return False
-    if targets == DISTILLED:
-        return True
-    return bool(read_json(report)["more_source"] == count_and_checksum(run.more_source)[1])
+    wanted = None if targets == DISTILLED else count_and_checksum(run.more_source)[1]
+    return bool(read_json(report).get("more_source") == wanted)
 
 
-def _start_with(finished: Path, folder: Path) -> None:
-    """Take over the translations of a distillation without further source."""
-    if not plan_file(finished).is_file() or plan_file(folder).is_file():
+def _start_with(finished: Path, teaching: Teaching) -> None:
+    """Take over the translations of a distillation without further source, if it is the same."""
+    if not plan_file(finished).is_file() or read_plan(finished) != plan_of(teaching):
         return
-    shards = sorted(plan_file(finished).parent.glob("*.jsonl"))
-    for path in (plan_file(finished), *shards):  # with the plan alone one can go on
-        with replacing(plan_file(folder).with_name(path.name)) as temporary:
-            shutil.copyfile(path, temporary)
+    # with the plan alone one can go on
+    for path in (plan_file(finished), *sorted(plan_file(finished).parent.glob("*.jsonl"))):
+        copy = plan_file(teaching.out).with_name(path.name)
+        if not copy.is_file():
+            with replacing(copy) as temporary:
+                shutil.copyfile(path, temporary)
 
 
 def distill_words(run: Run, targets: str = DISTILLED) -> list[str]:
@@ -246,7 +259,7 @@ def targets_of(student: Options) -> str:
 
 
 def _all_targets(run: Run) -> set[str]:
-    return {targets_of(student) for student in run.recipe.students.values()}
+    return {targets_of(run.recipe.trained(name)) for name in run.recipe.students}
 
 
 def train_student(run: Run, name: str) -> None:
@@ -330,8 +343,9 @@ def systems(run: Run) -> dict[str, System]:
 
 
 def _system(run: Run, model: str, options: Options) -> System:
-    student = run.recipe.students.get(model, {"task": "translation", "distilled": False})
+    student = run.recipe.students.get(model, {"task": "translation"})
     task, trained = student.get("task", VQEM_TASK), run.recipe.trained(model)
+    data = RAW if model == TEACHER else targets_of(trained)
     decoding = {VQEM_TASK: LATENT_DECODING, "translation_nat": NAT_DECODING}.get(task, [])
     # fairseq-generate forgets what the training was given
     options = {**{name: trained[name] for name in decoding if name in trained}, **options}
@@ -339,7 +353,7 @@ def _system(run: Run, model: str, options: Options) -> System:
     checkpoints = str(run.student(model))
     if options.get("rescore") == "teacher" or options.get("iter_decode_with_external_reranker"):
         checkpoints += f":{run.teacher}"
-    return System(checkpoints, task, dict(options), targets_of(student), model, run.device)
+    return System(checkpoints, task, dict(options), data, model, run.device)
 
 
 def translate(run: Run, name: str) -> None:

@@ -29,7 +29,6 @@ PATHS = {
     "--finetune-from-model": "student",
 }
 """Flags whose value is a path, and what holds the checksum of what lies there, wherever that is."""
-OF_EARLIER = {"--distributed-world-size": ["1"]}  # what trainings had before it was said
 FILES_ALONE = ("--keep-interval-updates",)  # which files stay changes no parameter
 
 
@@ -93,7 +92,7 @@ def _check_same_training(
         write_json(options, list(words))  # last: without it the folder counts as new
         return
     recorded = read_json(sources) if sources.is_file() else None
-    before, now = ({**OF_EARLIER, **by_flag(each)} for each in (read_json(options), words))
+    before, now = ({**_unsaid(), **by_flag(each)} for each in (read_json(options), words))
     compared = {*before, *now}.difference(FILES_ALONE)
     unlike = sorted(flag for flag in compared if before.get(flag) != now.get(flag))
     moved = [flag for flag, known in PATHS.items() if known is None or known in (origin or ())]
@@ -105,6 +104,13 @@ def _check_same_training(
         raise UserError(
             f"{folder} holds a training {problem}: delete the folder or choose another --out"
         )
+
+
+def _unsaid() -> dict[str, list[str]]:
+    """Options of fairseq's own choice, which trainings of earlier versions did not name."""
+    import torch
+
+    return {"--distributed-world-size": [str(max(1, torch.cuda.device_count()))]}
 
 
 def by_flag(words: Sequence[str]) -> dict[str, list[str]]:

@@ -32,7 +32,7 @@ LINES = [
 @pytest.fixture(scope="module")
 def teaching(tmp_path_factory: pytest.TempPathFactory) -> Teaching:
     folder = tmp_path_factory.mktemp("more")
-    make_teacher(make_data(folder), updates=60)
+    make_teacher(make_data(folder), updates=150)
     write_lines(folder / "lines.txt", LINES)
     teacher, data = str(folder / "teacher.pt"), folder / "data"
     return Teaching(teacher, data, folder / "out", 2, max_length=20, shards=2, max_tokens=40)

@@ -370,9 +370,45 @@ def test_more_source_is_prepared_for_those_who_learn_from_it(
     stages.prepare(run)
     assert commands == ["prepare"]
     students = {**run.recipe.students, "more": {**NAT, "more_source": True}}
-    stages.prepare(replace(run, recipe=replace(run.recipe, students=students)))
+    run = replace(run, recipe=replace(run.recipe, students=students))
+    with pytest.raises(UserError, match=r"no text .*more-source/raw/train\.en"):
+        stages.prepare(run)
     assert commands == ["prepare"] * 3
-    assert run.more_source == tmp_path / "more-source" / "raw" / "train.en"
+    run.more_source.parent.mkdir(parents=True)
+    run.more_source.touch()
+    stages.prepare(run)
+    missing = replace(run.recipe, more_source={"file": "nowhere.txt"})
+    with pytest.raises(UserError, match=r"names nowhere\.txt, which does not exist"):
+        check(replace(run, recipe=missing))
+
+
+def test_a_distillation_of_another_teacher_is_not_taken_over(
+    tmp_path: Path, commands: list[str]
+) -> None:
+    lines = tmp_path / "lines.txt"
+    lines.write_text("A sentence.\n")
+    run = stages.Run(
+        Recipe("x", {}, {}, {}, {"more": {**NAT, "more_source": True}}), tmp_path, "cpu"
+    )
+    run = replace(run, recipe=replace(run.recipe, more_source={"file": str(lines)}))
+    with_teacher(run, b"another model")
+    distill_module.check_plan(Teaching(str(run.teacher), run.data, run.learned("distilled")))
+    with_teacher(run, b"a model")
+    stages.distill(run)
+    assert commands == ["distill"] and not run.learned("distilled-more").exists()
+
+
+@pytest.mark.parametrize("of", ["latent_student", "common"])
+def test_what_all_students_learn_from_counts(
+    tmp_path: Path, trained: dict[str, Any], of: str
+) -> None:
+    vq = {"arch": "vqem_transformer", "max_update": 3}
+    run = run_of(tmp_path, vq=vq)
+    run = replace(run, recipe=replace(run.recipe, **{of: {"more_source": True}}))
+    stages.train_student(run, "vq")
+    assert trained["words"][0] == str(run.learned("distilled-more"))
+    assert "--more-source" not in trained["words"]
+    assert stages.systems(run)["vq"].data == "distilled-more"
 
 
 def test_another_teacher_aligns_anew(tmp_path: Path, commands: list[str]) -> None:

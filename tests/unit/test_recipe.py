@@ -69,6 +69,7 @@ def test_a_recipe_lies_over_the_one_it_extends(tmp_path: Path) -> None:
             BASE + LEARNS_MORE.replace("true", "true, distilled: false"),
             "leave out distilled: false",
         ),
+        (BASE + STUDENT + "distill: {more_source: x}\n", "more_source of distill is a part of"),
         (BASE + STUDENT + "more_source: {lang: no}\n", "the lang of more_source is False"),
     ],
 )
