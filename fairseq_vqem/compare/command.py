@@ -8,7 +8,7 @@ import time
 import numpy as np
 
 from fairseq_vqem.benchmark.tables import render_table
-from fairseq_vqem.compare.fairness import check_no_leak, check_same_outputs
+from fairseq_vqem.compare.fairness import check_no_leak, check_same_outputs, overlap_note
 from fairseq_vqem.compare.further import curves, write_further_tables
 from fairseq_vqem.compare.measurements import time_rows, translate_rows
 from fairseq_vqem.compare.page import write_page
@@ -37,9 +37,7 @@ def _run(arguments: argparse.Namespace) -> int:
     settings = read_settings(run.recipe, stages.systems(run))
     check(run)
     stages.prepare(run)
-    overlap = check_no_leak(run.raw, languages(run.data)[0], settings.test_overlap)
-    if overlap:
-        print(f"{overlap} test sentences are in the training or validation data", flush=True)
+    check_no_leak(run.raw, languages(run.data)[0], settings.test_overlap)
     train_all(run)
     print(compare(run, settings))
     print(f"\nTook {(time.monotonic() - started) / 60:.1f} minutes.")
@@ -101,7 +99,9 @@ def compare(run: stages.Run, settings: Settings) -> str:
         trainings=trainings,
     )
     tables = [table, *further.values()]
-    text = "\n\n".join(render_table(each, result["signature"]) for each in tables)
+    parts = [overlap_note(result["test_overlap"])]
+    parts += [render_table(each, result["signature"]) for each in tables]
+    text = "\n\n".join(part for part in parts if part)
     with replacing(folder / "compare.md") as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
     return f"\n{text}\n\nReport: {page}"

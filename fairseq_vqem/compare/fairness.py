@@ -35,6 +35,11 @@ def check_no_leak(raw: Path, source: str, allowed: bool = False) -> int:
     return len(shared)
 
 
+def overlap_note(count: int) -> str:
+    """What a report says of ``count`` test sentences in other data; nothing where there are none."""
+    return f"{count} test sentences are in the training or validation data." if count else ""
+
+
 def _sentences(path: Path) -> list[str]:
     return [" ".join(line.split()) for line in read_lines(path) if line.strip()]
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from fairseq_vqem.benchmark.tables import ResultTable, table_cells
+from fairseq_vqem.compare.fairness import overlap_note
 from fairseq_vqem.compare.further import Curve
 from fairseq_vqem.corpora.files import replacing
 
@@ -62,6 +63,7 @@ def write_page(
         " Latency: median per sentence at batch size 1, systems taking turns, with its 95 %"
         " bootstrap interval over sentences. Grey lines join the ways to decode one model.</p>"
     )
+    parts += [f"<p>{note}</p>" for note in [overlap_note(result["test_overlap"])] if note]
     for heading, other in further.items():
         parts += [f"<h2>{html.escape(heading)}</h2>", _table(other)]
     parts += [f"<figure><h2>{name}</h2>{_svg(draw)}</figure>" for name, draw in plots]

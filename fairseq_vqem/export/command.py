@@ -38,8 +38,8 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--weights",
         choices=WEIGHTS,
         default="float32",
-        help="float32 gives the tokens of fairseq-generate; int8 has less than half the size, is faster"
-        " and changes some tokens",
+        help="float32 gives the tokens of fairseq-generate; int8 has less than half the size, is"
+        " faster and changes some tokens",
     )
     parser.add_argument(
         "--iter-decode-with-beam",

@@ -183,6 +183,8 @@ def _prepare(options: Options, out: Path) -> None:
 def train_words(run: Run, data: Path, options: Options) -> tuple[list[str], int]:
     """fairseq-train's words and the number of updates for ``options``."""
     merged = {**run.recipe.common, **options}
+    for choice_of_targets in ("distilled", "more_source"):
+        merged.pop(choice_of_targets, None)
     max_update = int(merged.pop("max_update"))
     source, target = languages(run.data)
     words = [str(data), "--user-dir", USER_DIR, "-s", source, "-t", target]
@@ -270,9 +272,7 @@ def train_student(run: Run, name: str) -> None:
     if options["task"] == VQEM_TASK:
         validation = _validation_options(decoding)
         options = {"criterion": "vqem_loss", **run.recipe.latent_student, **options, **validation}
-    data = run.learned(targets_of(options))
-    for choice_of_targets in ("distilled", "more_source"):
-        options.pop(choice_of_targets, None)
+    data = run.learned(targets_of(run.recipe.trained(name)))
     origin = _origin(data)
     if options.pop("from_teacher", False):
         options["init_from"] = str(run.teacher)

@@ -15,7 +15,12 @@ import pytest
 
 from fairseq_vqem.benchmark.tables import ResultRow, ResultTable
 from fairseq_vqem.compare import further, pairs
-from fairseq_vqem.compare.fairness import check_complete, check_no_leak, check_same_outputs
+from fairseq_vqem.compare.fairness import (
+    check_complete,
+    check_no_leak,
+    check_same_outputs,
+    overlap_note,
+)
 from fairseq_vqem.compare.further import Curve, curve_rows
 from fairseq_vqem.compare.page import write_page
 from fairseq_vqem.compare.settings import read_settings
@@ -90,6 +95,7 @@ def test_a_test_sentence_in_the_training_data_is_found(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"^1 sentences of test\.en"):
             check_no_leak(tmp_path, "en")
         assert check_no_leak(tmp_path, "en", allowed=True) == 1
+    assert overlap_note(1).startswith("1 test sentences are in") and not overlap_note(0)
 
 
 def test_a_lost_sentence_is_found() -> None:
@@ -206,6 +212,7 @@ def test_page_needs_nothing_else(tmp_path: Path) -> None:
         "paired_bootstrap": {"against": "a <b>"},
         "signature": {"commit": "abc"},
         "timings_signature": {"commit": "def"},
+        "test_overlap": 2,
     }
     seconds = {row.system: np.full((2, 3), 0.01) for row in rows}
     texts = {name: ["one", "two & three", "four"] for name in ("source", "reference", "nat")}
@@ -214,6 +221,7 @@ def test_page_needs_nothing_else(tmp_path: Path) -> None:
     given = (table, others, result, seconds, [3, 3, 9], texts)
     write_page(tmp_path / "page.html", *given, trainings)
     page = (tmp_path / "page.html").read_text("utf-8")
+    assert "2 test sentences are in the training" in page
     assert "+0.25" in page and "<h2>Pairs &amp; more</h2>" in page
     assert page.count("<svg") == 4 and "a &lt;b&gt;" in page and "two &amp; three" in page
     assert not re.search(r"(src|href)=\"http|<script|@import|url\(http", page)
