@@ -108,7 +108,10 @@ def _informations(result: CodesResult) -> str:
 def _places(result: CodesResult) -> str:
     rows = [
         [
-            *(place.place, str(place.windows), str(place.used), f"{place.perplexity:.1f}"),
+            place.place,
+            str(place.windows),
+            str(place.used),
+            f"{place.perplexity:.1f}",
             f"{place.commonest} ({place.commonest_share:.0%})",
         ]
         for place in result.places

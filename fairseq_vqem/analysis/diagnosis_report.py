@@ -134,7 +134,9 @@ def code_places(quality: LatentQuality) -> str:
     rows = [
         [
             f"{each.place}{'+' if each.place == PLACES_SHOWN else ''}",
-            *(str(each.codes), f"{each.one_step:.3f}", f"{each.free_running:.3f}"),
+            str(each.codes),
+            f"{each.one_step:.3f}",
+            f"{each.free_running:.3f}",
         ]
         for each in quality.places
     ]

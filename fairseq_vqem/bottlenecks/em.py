@@ -176,7 +176,10 @@ class SoftEM(EMBottleneck):
         self, rows: Tensor, penalties: Tensor | None
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         codes, samples, entropies = kernels.sample_codes(
-            *(rows, self.codebook.embeddings, self.options.em_samples),
-            *(self.temperature, self.log_prior(penalties)),
+            rows,
+            self.codebook.embeddings,
+            self.options.em_samples,
+            self.temperature,
+            self.log_prior(penalties),
         )
         return codes, samples, {"posterior_entropy": entropies}

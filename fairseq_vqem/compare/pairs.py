@@ -36,8 +36,10 @@ def pair_rows(
         base, found = paired_bootstrap(both, references, language=language)
         intervals = difference_intervals(both[system], both[other], references, language=language)
         cells = (
-            *(other, _with_interval(found.bleu - base.bleu, intervals["BLEU"])),
-            *(p_text(found.bleu_p), _with_interval(found.chrf - base.chrf, intervals["chrF"])),
+            other,
+            _with_interval(found.bleu - base.bleu, intervals["BLEU"]),
+            p_text(found.bleu_p),
+            _with_interval(found.chrf - base.chrf, intervals["chrF"]),
             p_text(found.chrf_p),
         )
         rows.append(ResultRow(system, extra=dict(zip(PAIR_COLUMNS, cells, strict=True))))

@@ -123,8 +123,12 @@ class VQEMLoss(FairseqCriterion):
         assert output.latent_logits is not None and output.latent_tokens is not None
         result, update = output.bottleneck, model.num_updates
         latent = latent_loss(
-            *(output.latent_logits, output.latent_tokens, result.samples, output.latent_mask),
-            *(model, self.latent_smoothing),
+            output.latent_logits,
+            output.latent_tokens,
+            result.samples,
+            output.latent_mask,
+            model,
+            self.latent_smoothing,
         )
         log["latent"], log["latent_symbols"] = latent.cross_entropy.detach(), latent.symbols
         log["latent_correct"], log["code_symbols"] = latent.correct, latent.symbols - latent.ends

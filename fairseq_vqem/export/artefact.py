@@ -103,7 +103,10 @@ def write_graphs(
         made = {name: getattr(graphs, name)() for name in names if name != manifest.SCORE}
         if manifest.SCORE in names:
             teacher = TeacherGraph(
-                *(translator.models[-1], file, quantised, longest_source),
+                translator.models[-1],
+                file,
+                quantised,
+                longest_source,
                 max_words=longest_output(model, options) + 1,
             )
             made[manifest.SCORE] = teacher.score()

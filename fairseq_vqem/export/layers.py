@@ -106,7 +106,13 @@ class TransformerLayer:
         attended, *present = self.graph.ops(
             "MultiHeadAttention",
             3,
-            *(query, key, value, "", "", "", *past),
+            query,
+            key,
+            value,
+            "",
+            "",
+            "",
+            *past,
             domain=RUNTIME,
             num_heads=self.heads,
         )
@@ -140,7 +146,12 @@ class TransformerLayer:
         """``[B, T, D]``."""
         return self.graph.op(
             "MultiHeadAttention",
-            *(query, key, value, "", "", bias),
+            query,
+            key,
+            value,
+            "",
+            "",
+            bias,
             domain=RUNTIME,
             num_heads=self.heads,
         )

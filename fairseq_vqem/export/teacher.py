@@ -82,7 +82,11 @@ class TeacherGraph:
         words = graph.input("words", np.int64, ["B", "N"])
         depths = graph.input("depths", np.int64, ["B", "N"])
         states, bias = encode_source(
-            *(graph, PREFIX, self.teacher.encoder, tokens, self.embeddings("source")),
+            graph,
+            PREFIX,
+            self.teacher.encoder,
+            tokens,
+            self.embeddings("source"),
             longest=self.max_source,
         )
         modules = source_projections(decoder)

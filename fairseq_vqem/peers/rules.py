@@ -63,7 +63,9 @@ RULES: dict[type, Rules] = {
         "levenshtein_transformer", *NAT_LOSS, noise="random_delete", penalised="inserting nothing"
     ),
     CTCNAT: Rules(
-        *("ctc_nat", CTCNATLoss, "ctc_nat_loss"),
+        "ctc_nat",
+        CTCNATLoss,
+        "ctc_nat_loss",
         one_pass=True,
         prefix_beam=True,
         penalised="the blank",
