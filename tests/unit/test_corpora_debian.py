@@ -24,6 +24,7 @@ from fairseq_vqem.corpora.debian.man_pages import align_man_pages, plain_text
 from fairseq_vqem.corpora.debian.misc import ding_sentences, game_dialogue
 from fairseq_vqem.corpora.debian.packages import GROUP_PACKAGES, groups_for, packages_of
 from fairseq_vqem.corpora.debian.xml_manuals import align_manuals
+from fairseq_vqem.corpora.files import read_json, write_json
 from fairseq_vqem.corpora.splits import SplitRule
 from fairseq_vqem.errors import UserError
 
@@ -312,6 +313,25 @@ def test_a_package_of_another_version_is_fetched_again(repository: Path, tmp_pat
     manifest = build_corpus("de", ["lohelp"], tmp_path / "second", work, RULE)
     assert set(manifest["packages"]["lohelp"].values()) == {"1:2.0"}
     assert len((repository / "log").read_text().splitlines()) == 2
+
+
+def test_a_corpus_of_other_rules_is_made_again(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, work = tmp_path / "out", tmp_path / "work"
+    made = build_corpus("de", ["lohelp"], out, work, RULE)
+    group = work / "groups" / "de.lohelp.json"
+    for path in (out / "manifest.json", group):  # as the first rules left them
+        content = {key: value for key, value in read_json(path).items() if key != "rules"}
+        write_json(path, content)
+    (repository / "offline").touch()
+    assert build_corpus("de", ["lohelp"], out, work, RULE)["splits"] == made["splits"]
+    monkeypatch.setattr(build_module, "RULES", 2)
+    with pytest.raises(UserError, match="fetch the package index"):
+        build_corpus("de", ["lohelp"], out, work, RULE)
+    (repository / "offline").unlink()
+    assert build_corpus("de", ["lohelp"], out, work, RULE)["rules"] == 2
+    assert read_json(group)["rules"] == 2
 
 
 def read_rows(folder: Path) -> set[tuple[str, str, str]]:

@@ -35,6 +35,9 @@ LANGUAGE_NAME = re.compile(r"[a-z]{2,3}(_[A-Z]{2})?")
 WITHOUT_SPACES = ("zh", "ja", "th", "lo", "km", "my", "dz", "bo")
 DUPLICATE = "duplicate"
 MANIFEST = "manifest.json"
+RULES = 1
+"""Of extraction, filters and split. A change of what they give takes the next number, so that a
+finished corpus or group of the rules before is made again; the first one was not written down."""
 
 
 def check_request(lang: str, groups: Sequence[str]) -> list[str]:
@@ -91,6 +94,7 @@ def build_corpus(
     """
     groups = check_request(lang, groups)
     request = {
+        "rules": RULES,
         "source_lang": ENGLISH,
         "target_lang": lang,
         "groups": groups,
@@ -139,7 +143,7 @@ def _built_before(out_dir: Path, request: Mapping[str, Any]) -> dict[str, Any] |
     path = out_dir / MANIFEST
     if not path.is_file():
         return None
-    manifest: dict[str, Any] = read_json(path)
+    manifest: dict[str, Any] = {"rules": 1, **read_json(path)}
     if any(manifest.get(key) != value for key, value in request.items()):
         return None
     for split, content in manifest["splits"].items():
@@ -160,8 +164,9 @@ def _finish_groups(lang: str, groups: Sequence[str], work_dir: Path) -> dict[str
     for group in groups:
         path = _group_file(work_dir, lang, group)
         mark = path.with_suffix(".json")
-        description = read_json(mark) if mark.is_file() and path.is_file() else None
-        if description is None or description["sha256"] != file_sha256(path):
+        found = mark.is_file() and path.is_file()
+        description = {"rules": 1, **read_json(mark)} if found else {}
+        if description.get("rules") != RULES or description["sha256"] != file_sha256(path):
             store = store or PackageStore(work_dir, lang)
             store.versions.clear()
             description = _build_group(group, lang, store, path)
@@ -191,6 +196,7 @@ def _build_group(group: str, lang: str, store: PackageStore, path: Path) -> dict
         lines.append(f"{label}\t{english}\t{other}")
     write_lines(path, lines)
     return {
+        "rules": RULES,
         "packages": dict(sorted(store.versions.items())),
         "extracted": len(lines) + sum(reasons.total() for reasons in dropped.values()),
         "kept": dict(kept),
