@@ -103,7 +103,11 @@ def has_integer_products() -> bool:
         from fairseq_vqem.export.artefact import need_integer_products
 
         need_integer_products()
-    except (ImportError, UserError):
+    except UserError:
+        return False
+    except ModuleNotFoundError as error:
+        if error.name not in ("onnx", "onnxruntime"):
+            raise
         return False
     return True
 

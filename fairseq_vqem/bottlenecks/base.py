@@ -188,8 +188,10 @@ class Bottleneck(nn.Module):
     def has_learned(self) -> bool:
         """Whether it has a codebook from data, which a warm-up (`observe`) would overwrite.
 
-        Here: whether a part of it says so. A class with an ``observe`` of its own says it itself.
+        Here: whether a part of it says so.
         """
+        if type(self).observe is Bottleneck.observe:
+            return False
         return any(getattr(part, "has_learned", False) for part in self.modules() if part != self)
 
     def observe(self, vectors: Tensor) -> None:

@@ -254,14 +254,14 @@ def check_plan(teaching: Teaching) -> None:
     """
     plan = plan_of(teaching)
     path = plan_file(teaching.out)
-    if not path.is_file():
-        if any(path.parent.glob("*.jsonl")):
-            raise UserError(
-                f"{path.parent} holds translations, but no {PLAN} that says whose: delete it and"
-                " start again."
-            )
+    if not any(path.parent.glob("*.jsonl")):
         write_json(path, plan)
         return
+    if not path.is_file():
+        raise UserError(
+            f"{path.parent} holds translations, but no {PLAN} that says whose: delete it and"
+            " start again."
+        )
     found = read_plan(teaching.out)
     changed = [key for key, value in plan.items() if found.get(key) != value]
     if changed:

@@ -222,9 +222,17 @@ def _load(teaching: Teaching) -> Translator:
         unkpen=UNKNOWN_PENALTY,
     )
     check_direction(teaching.teacher, translator.task, teaching.data)
-    longest = min(int(model.max_decoder_positions()) for model in translator.models) - 1
-    if teaching.max_length > longest:  # else its outputs would seem to end there
-        raise UserError(
-            f"The teacher writes at most {longest} subwords: give --max-length {longest} or less."
-        )
+    check_length(teaching, min(int(each.max_decoder_positions()) for each in translator.models))
     return translator
+
+
+def check_length(teaching: Teaching, positions: int) -> None:
+    """Raise UserError where a teacher of so many target positions cannot write ``max_length``.
+
+    What it wrote up to its own limit would seem to end there.
+    """
+    if teaching.max_length >= positions:
+        raise UserError(
+            f"The teacher writes at most {positions - 1} subwords: give --max-length"
+            f" {positions - 1} or less."
+        )

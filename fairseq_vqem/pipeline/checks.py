@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from fairseq.models.transformer import DEFAULT_MAX_TARGET_POSITIONS
+
 from fairseq_vqem.benchmark.engine_kinds import check_engine, check_options, engine_kind
 from fairseq_vqem.bottlenecks.base import Bottleneck, find_bottleneck
 from fairseq_vqem.corpora.distill import check_numbers, read_teaching
+from fairseq_vqem.corpora.teaching import check_length
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.models.config import VQEMTransformerConfig
-from fairseq_vqem.pipeline.recipe import START, TEACHER, VQEM_TASK, Options
-from fairseq_vqem.pipeline.stages import BLEU, Run, choice, distill_words, systems
+from fairseq_vqem.pipeline.recipe import DISTILLED_MORE, START, TEACHER, VQEM_TASK, Options
+from fairseq_vqem.pipeline.stages import BLEU, Run, choice, distill_words, systems, targets_of
 from fairseq_vqem.schedules import parse_schedule
 from fairseq_vqem.tasks.codebook import WARM_UP_AGAIN
 
@@ -22,9 +25,7 @@ def check(run: Run) -> None:
             chosen by a BLEU that its validation does not compute; a student that goes on from
             another would begin by a warm-up; distillation cannot be done so.
     """
-    check_numbers(read_teaching(distill_words(run)))
-    if "file" in run.recipe.more_source and not run.more_source.is_file():
-        raise UserError(f"more_source names {run.more_source}, which does not exist")
+    _check_teaching(run)
     for model in (TEACHER, *run.recipe.students):
         trained = run.recipe.trained(model)
         validates = trained.get("eval_bleu") or trained.get("eval_latent_bleu")
@@ -49,6 +50,17 @@ def check(run: Run) -> None:
             check_options(system.options, system.task)
         except UserError as error:
             raise UserError(f"the engine {engine} of {name!r}: {error}") from error
+
+
+def _check_teaching(run: Run) -> None:
+    teaching = read_teaching(distill_words(run))
+    check_numbers(teaching)
+    positions = run.recipe.trained(TEACHER).get("max_target_positions")
+    check_length(teaching, int(positions or DEFAULT_MAX_TARGET_POSITIONS))
+    learned = {targets_of(run.recipe.trained(name)) for name in run.recipe.students}
+    more = DISTILLED_MORE in learned and "file" in run.recipe.more_source
+    if more and not run.more_source.is_file():
+        raise UserError(f"more_source names {run.more_source}, which does not exist")
 
 
 def _warms_up(trained: Options) -> bool:

@@ -18,6 +18,7 @@ CPU = "cpu"  # the scale where none is chosen
 START = "from_student"
 # read by the stages
 STAGE = ("task", "max_update", "distilled", "more_source", "from_teacher", START, "generate")
+TARGETS = ("distilled", "more_source")  # of these; null hides them, as it does other options
 LANGUAGES = ("lang", "source_lang", "target_lang")  # of prepare
 LATENCY = {"sentences": 1, "repeats": 1, "burn_in": 0, "threads": 1}  # and the least of each
 VQEM_TASK = "translation_vqem"
@@ -176,10 +177,10 @@ def _check_corpora(recipe: Recipe) -> None:
         student = recipe.trained(name)
         if not student.get("more_source"):
             continue
-        if not student.get("distilled", True):
+        if student.get("distilled") is False:
             raise UserError(
                 f"{name!r} learns from more_source, which a teacher translates: leave out"
-                " distilled: false"
+                " distilled: false, or say more_source: false"
             )
         given = {"corpus", "file"} & set(recipe.more_source)
         if len(given) != 1 or not all(isinstance(recipe.more_source[key], str) for key in given):
@@ -210,7 +211,9 @@ def _with_inherited(path: Path, students: Mapping[str, Options]) -> dict[str, Op
             decoding = {**inherited.get("generate", {}), **decoding}
         merged = {**inherited, **options, "generate": decoding or None}
         found[name] = {
-            key: value for key, value in merged.items() if value is not None or key not in STAGE
+            key: value
+            for key, value in merged.items()
+            if value is not None or key not in STAGE or key in TARGETS
         }
     return found
 

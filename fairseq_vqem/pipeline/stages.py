@@ -49,6 +49,7 @@ from fairseq_vqem.pipeline.recipe import (
     DISTILLED_MORE,
     MORE_CORPUS,
     START,
+    TARGETS,
     TEACHER,
     TEACHER_BEAM_SIZE,
     TRANSLATIONS,
@@ -183,7 +184,7 @@ def _prepare(options: Options, out: Path) -> None:
 def train_words(run: Run, data: Path, options: Options) -> tuple[list[str], int]:
     """fairseq-train's words and the number of updates for ``options``."""
     merged = {**run.recipe.common, **options}
-    for choice_of_targets in ("distilled", "more_source"):
+    for choice_of_targets in TARGETS:
         merged.pop(choice_of_targets, None)
     max_update = int(merged.pop("max_update"))
     source, target = languages(run.data)
@@ -236,8 +237,8 @@ def _start_with(finished: Path, teaching: Teaching) -> None:
     """Take over the translations of a distillation without further source, if it is the same."""
     if not plan_file(finished).is_file() or read_plan(finished) != plan_of(teaching):
         return
-    # with the plan alone one can go on
-    for path in (plan_file(finished), *sorted(plan_file(finished).parent.glob("*.jsonl"))):
+    check_plan(teaching)
+    for path in sorted(plan_file(finished).parent.glob("*.jsonl")):
         copy = plan_file(teaching.out).with_name(path.name)
         if not copy.is_file():
             with replacing(copy) as temporary:
@@ -255,7 +256,8 @@ def distill_words(run: Run, targets: str = DISTILLED) -> list[str]:
 
 def targets_of(student: Options) -> str:
     """What a student of a recipe learns from: raw, distilled or, with more source, both."""
-    if not student.get("distilled", True):
+    distilled = student.get("distilled")
+    if distilled is not None and not distilled:
         return RAW
     return DISTILLED_MORE if student.get("more_source") else DISTILLED
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -92,7 +93,8 @@ def _check_same_training(
         write_json(options, list(words))  # last: without it the folder counts as new
         return
     recorded = read_json(sources) if sources.is_file() else None
-    before, now = ({**_unsaid(), **by_flag(each)} for each in (read_json(options), words))
+    unsaid = {"--distributed-world-size": [_workers(folder / LOG)]}
+    before, now = ({**unsaid, **by_flag(each)} for each in (read_json(options), words))
     compared = {*before, *now}.difference(FILES_ALONE)
     unlike = sorted(flag for flag in compared if before.get(flag) != now.get(flag))
     moved = [flag for flag, known in PATHS.items() if known is None or known in (origin or ())]
@@ -106,11 +108,13 @@ def _check_same_training(
         )
 
 
-def _unsaid() -> dict[str, list[str]]:
-    """Options of fairseq's own choice, which trainings of earlier versions did not name."""
-    import torch
-
-    return {"--distributed-world-size": [str(max(1, torch.cuda.device_count()))]}
+def _workers(log: Path) -> str:
+    """How many workers a training had that did not say so: fairseq logs its configuration."""
+    if not log.is_file():
+        return "1"
+    with log.open(encoding="utf-8", errors="replace") as lines:
+        found = (re.search(r"'distributed_world_size': (\d+)", line) for line in lines)
+        return next((match[1] for match in found if match), "1")
 
 
 def by_flag(words: Sequence[str]) -> dict[str, list[str]]:

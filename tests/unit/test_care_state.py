@@ -56,6 +56,18 @@ def test_only_padding_changes_nothing(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", EM_KINDS)
+def test_a_warm_up_goes_on_with_another_threshold(kind: str) -> None:
+    """Whose codes begin with another count: sums and counts must fit."""
+    before, after = make(kind, dead_code_threshold=0.0), make(kind, dead_code_threshold=3.0)
+    warm_up(before, [torch.randn(6, 4)])
+    after.load_state_dict(before.state_dict())
+    rows = torch.randn(6, 4)
+    warm_up(after, [rows])
+    book = after.codebook
+    assert torch.allclose(book.sums, book.counts.unsqueeze(1) * rows)
+
+
+@pytest.mark.parametrize("kind", EM_KINDS)
 def test_evaluation_and_discard_change_nothing(kind: str) -> None:
     bottleneck = in_trouble(kind)
     before = state(bottleneck)

@@ -92,16 +92,21 @@ def test_half_precision_goes_on_from_the_exact_parameters(flat: bool) -> None:
     def parameters() -> list[torch.nn.Parameter]:
         return [torch.nn.Parameter(torch.full((n,), 0.3, dtype=torch.bfloat16)) for n in (2, 3)]
 
-    one, other, third = parameters(), parameters(), parameters()
-    unbroken, broken, rounded = (half_of(each, flat) for each in (one, other, third))
+    one, other, third, mean = (parameters() for _ in range(4))
+    unbroken, broken, rounded, averaged = (
+        half_of(each, flat) for each in (one, other, third, mean)
+    )
     train(one, unbroken, 3)
     state = copy.deepcopy(unbroken.state_dict())  # as a file
     for resumed, theirs, saved in (
         (broken, other, state),
+        (averaged, mean, state),
         (rounded, third, {key: value for key, value in state.items() if key != "fp32_params"}),
     ):
         for mine, own in zip(theirs, one, strict=True):
             mine.data.copy_(own.data)  # the model, which is loaded first
+        if resumed is averaged:  # with another model than the optimiser's
+            theirs[0].data[0] += 1.0
         values = iter(theirs)
         for exact in resumed.fp32_params.values() if flat else resumed.fp32_params:
             size = exact.numel()
@@ -111,6 +116,7 @@ def test_half_precision_goes_on_from_the_exact_parameters(flat: bool) -> None:
         resumed.load_state_dict(saved)
     assert torch.equal(exact_values(broken), exact_values(unbroken))
     assert not torch.equal(exact_values(rounded), exact_values(unbroken))  # as by fairseq
+    assert torch.equal(exact_values(averaged), torch.cat([each.float() for each in mean]).detach())
     train(one, unbroken, 3)
     train(other, broken, 3)
     assert torch.equal(exact_values(broken), exact_values(unbroken))

@@ -274,6 +274,7 @@ def test_half_precision_is_part_of_the_plan(whole: Teaching, tmp_path: Path) -> 
 def test_a_plan_of_an_earlier_version_was_of_float32(whole: Teaching, tmp_path: Path) -> None:
     earlier = replace(whole, out=tmp_path)
     check_plan(earlier)
+    write_lines(earlier.shard_file(0), read_lines(whole.shard_file(0)))
     plan = tmp_path / "shards" / "plan.json"
     content = read_json(plan)
     del content["dtype"]
@@ -281,6 +282,14 @@ def test_a_plan_of_an_earlier_version_was_of_float32(whole: Teaching, tmp_path: 
     check_plan(earlier)
     with pytest.raises(UserError, match="other dtype"):
         check_plan(replace(earlier, dtype="float16"))
+
+
+def test_a_limit_of_the_teacher_is_named_and_can_be_kept(whole: Teaching, tmp_path: Path) -> None:
+    """What it wrote up to its own limit would seem to have an end."""
+    here = replace(whole, out=tmp_path, max_length=2000, shards=1)
+    with pytest.raises(UserError, match="writes at most 1023 subwords: give --max-length 1023"):
+        distill(here)
+    distill(replace(here, max_length=10))  # no other distillation: nothing was translated
 
 
 def test_mistakes_are_user_errors(whole: Teaching, tmp_path: Path) -> None:

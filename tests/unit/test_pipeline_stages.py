@@ -282,6 +282,7 @@ def test_translations_of_another_teacher_are_refused(tmp_path: Path, commands: l
     with_teacher(run, b"a model")
     teaching = Teaching(str(run.teacher), run.data, run.learned("distilled"))
     distill_module.check_plan(teaching)  # records it
+    (run.learned("distilled") / "shards" / "00000.jsonl").touch()
     (run.learned("distilled") / distill_module.REPORT).write_text("{}")
     stages.distill(run)
     with_teacher(run, b"another model")
@@ -349,7 +350,9 @@ def test_more_source_has_a_distillation_of_its_own(
     assert commands == ["distill"]  # not of the first student's
     assert (more / "shards" / "00000.jsonl").read_text() == '[0, "x"]\n'
     words = stages.distill_words(run, "distilled-more")
-    distill_module.check_plan(distill_module.read_teaching(words))  # as it would be
+    assert distill_module.read_plan(more) == distill_module.plan_of(
+        distill_module.read_teaching(words)
+    )
     checksum = count_and_checksum(lines)[1]
     (more / distill_module.REPORT).write_text(json.dumps({"more_source": checksum}))
     stages.distill(run)
@@ -392,10 +395,21 @@ def test_a_distillation_of_another_teacher_is_not_taken_over(
     )
     run = replace(run, recipe=replace(run.recipe, more_source={"file": str(lines)}))
     with_teacher(run, b"another model")
-    distill_module.check_plan(Teaching(str(run.teacher), run.data, run.learned("distilled")))
+    of_another = Teaching(str(run.teacher), run.data, run.learned("distilled"))
+    distill_module.check_plan(of_another)
+    of_another.shard_file(0).touch()
     with_teacher(run, b"a model")
     stages.distill(run)
     assert commands == ["distill"] and not run.learned("distilled-more").exists()
+    of_another.shard_file(0).unlink()
+    distill_module.check_plan(of_another)  # now by the same teacher
+    of_another.shard_file(0).touch()
+    mine = replace(of_another, out=run.learned("distilled-more"), lenpen=2.0)
+    distill_module.check_plan(mine)
+    mine.shard_file(1).touch()
+    with pytest.raises(UserError, match="distilled-more holds a distillation with other lenpen"):
+        stages.distill(run)
+    assert not mine.shard_file(0).exists()
 
 
 @pytest.mark.parametrize("of", ["latent_student", "common"])
@@ -405,6 +419,8 @@ def test_what_all_students_learn_from_counts(
     vq = {"arch": "vqem_transformer", "max_update": 3}
     run = run_of(tmp_path, vq=vq)
     run = replace(run, recipe=replace(run.recipe, **{of: {"more_source": True}}))
+    hidden = {**vq, "more_source": None}
+    assert stages.targets_of({**run.recipe.trained("vq"), **hidden}) == "distilled"
     stages.train_student(run, "vq")
     assert trained["words"][0] == str(run.learned("distilled-more"))
     assert "--more-source" not in trained["words"]

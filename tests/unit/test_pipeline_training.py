@@ -95,6 +95,11 @@ def test_a_training_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
     train(tmp_path, [*words, "1"], "a run", 10, {"data": "abc"})
     with pytest.raises(UserError, match=r"with other options \(--distributed-world-size\)"):
         train(tmp_path, [*words, "8"], "a run", 10, {"data": "abc"})
+    line = "2026 | INFO | fairseq_cli.train | {'a': {'distributed_world_size': 8, 'b': 1}}\n"
+    (tmp_path / LOG).write_text("first\n" + line)
+    train(tmp_path, [*words, "8"], "a run", 10, {"data": "abc"})
+    with pytest.raises(UserError, match=r"with other options \(--distributed-world-size\)"):
+        train(tmp_path, [*words, "1"], "a run", 10, {"data": "abc"})
 
 
 def test_a_path_of_unknown_content_is_an_option(tmp_path: Path) -> None:

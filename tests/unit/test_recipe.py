@@ -106,7 +106,7 @@ def test_a_student_has_the_options_of_the_one_it_goes_on_from(tmp_path: Path) ->
     del own["max_update"]  # what a stage reads cannot be hidden but by leaving it out
     decoding = {"beam": 5, "lenpen": 2}
     assert students["c"] == {**own, "from_student": "b", "dropout": 0.2, "generate": decoding}
-    assert students["d"] == {"dropout": None}
+    assert students["d"] == {"dropout": None, "distilled": None}
     assert "generate" not in students["e"] and students["e"]["lr"] == 2
 
 
