@@ -10,8 +10,9 @@ from fairseq_vqem.corpora.distill import check_numbers, read_teaching
 from fairseq_vqem.corpora.teaching import check_length
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.models.config import VQEMTransformerConfig
+from fairseq_vqem.pipeline.distilling import distill_words
 from fairseq_vqem.pipeline.recipe import DISTILLED_MORE, START, TEACHER, VQEM_TASK, Options
-from fairseq_vqem.pipeline.stages import BLEU, Run, choice, distill_words, systems, targets_of
+from fairseq_vqem.pipeline.stages import BLEU, Run, choice, systems
 from fairseq_vqem.schedules import parse_schedule
 from fairseq_vqem.tasks.codebook import WARM_UP_AGAIN
 
@@ -57,8 +58,7 @@ def _check_teaching(run: Run) -> None:
     check_numbers(teaching)
     positions = run.recipe.trained(TEACHER).get("max_target_positions")
     check_length(teaching, int(positions or DEFAULT_MAX_TARGET_POSITIONS))
-    learned = {targets_of(run.recipe.trained(name)) for name in run.recipe.students}
-    more = DISTILLED_MORE in learned and "file" in run.recipe.more_source
+    more = DISTILLED_MORE in run.recipe.all_targets and "file" in run.recipe.more_source
     if more and not run.more_source.is_file():
         raise UserError(f"more_source names {run.more_source}, which does not exist")
 

@@ -11,6 +11,7 @@ import torch
 from fairseq_vqem.benchmark.signature import code_checksum
 from fairseq_vqem.pipeline import stages
 from fairseq_vqem.pipeline.checks import check
+from fairseq_vqem.pipeline.distilling import distill
 from fairseq_vqem.pipeline.recipe import read_recipe
 from fairseq_vqem.pipeline.report import write_report
 
@@ -41,7 +42,7 @@ def read_run(arguments: argparse.Namespace) -> stages.Run:
 def train_all(run: stages.Run) -> None:
     """The teacher, its translations and every student."""
     stages.train_teacher(run)
-    stages.distill(run)
+    distill(run)
     for name in run.recipe.students:
         stages.train_student(run, name)
 

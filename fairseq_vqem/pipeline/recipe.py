@@ -26,6 +26,7 @@ RESERVED = ("source", "reference")  # columns of the translations beside the sys
 TEACHER_BEAM_SIZE = 4  # the row is named after it
 TEACHER, CORPUS, MORE_CORPUS = "teacher", "corpus", "more-source"
 DISTILLED, DISTILLED_MORE = "distilled", "distilled-more"  # also the names of such targets
+RAW = "raw"
 TRANSLATIONS, KEPT = "translations", "compare"  # KEPT: what further recipes can use
 FOLDERS = (TEACHER, CORPUS, MORE_CORPUS, DISTILLED, DISTILLED_MORE, TRANSLATIONS, KEPT)
 FORBIDDEN = {"students": ":/\\=", "variants": "="}  # folders, and both go into NAME=VALUE
@@ -84,6 +85,19 @@ class Recipe:
         own = self.students[model]
         latents = own.get("task", VQEM_TASK) == VQEM_TASK
         return {**self.common, **(self.latent_student if latents else {}), **own}
+
+    def targets(self, model: str) -> str:
+        """What it learns from: ``raw``, ``distilled`` or ``distilled-more`` (more source) ones."""
+        options = self.trained(model)
+        distilled = options.get("distilled")
+        if model not in self.students or (distilled is not None and not distilled):
+            return RAW
+        return DISTILLED_MORE if options.get("more_source") else DISTILLED
+
+    @property
+    def all_targets(self) -> set[str]:
+        """`targets` of all students."""
+        return {self.targets(name) for name in self.students}
 
 
 def read_recipe(path: Path, scale: str = CPU) -> Recipe:

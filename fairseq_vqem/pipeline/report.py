@@ -29,7 +29,6 @@ from fairseq_vqem.pipeline.stages import (
     read_translations,
     reconstruct_test,
     systems,
-    targets_of,
 )
 from fairseq_vqem.pipeline.training import FINISHED, LOG, read_log
 
@@ -72,8 +71,7 @@ def write_report(run: Run) -> str:
         sacrebleu=metrics,
         engines=engine_versions(system.options for system in systems(run).values()),
     )
-    learned = {targets_of(run.recipe.trained(name)) for name in run.recipe.students}
-    reports = [run.learned(targets) / REPORT for targets in sorted(learned)]
+    reports = [run.learned(targets) / REPORT for targets in sorted(run.recipe.all_targets)]
     table = ResultTable(run.recipe.name, rows, COLUMNS)
     write_table(
         run.out / "result.json",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -19,16 +18,7 @@ from fairseq_vqem.benchmark.engines import load_engine, translate_all
 from fairseq_vqem.benchmark.scoring import read_generate_output
 from fairseq_vqem.benchmark.signature import device_name
 from fairseq_vqem.corpora.binarise import data_checksum
-from fairseq_vqem.corpora.distill import (
-    REPORT,
-    check_plan,
-    plan_file,
-    plan_of,
-    read_plan,
-    read_teaching,
-)
 from fairseq_vqem.corpora.files import (
-    count_and_checksum,
     file_sha256,
     read_json,
     read_lines,
@@ -38,16 +28,15 @@ from fairseq_vqem.corpora.files import (
 )
 from fairseq_vqem.corpora.reading import languages
 from fairseq_vqem.corpora.subwords import load_subwords
-from fairseq_vqem.corpora.teaching import Teaching
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.generation.api import checked_device
 from fairseq_vqem.peers.alignments import alignment_prefix
 from fairseq_vqem.pipeline.kept import file_name, forget, identity, is_current, remember
 from fairseq_vqem.pipeline.recipe import (
     CORPUS,
-    DISTILLED,
     DISTILLED_MORE,
     MORE_CORPUS,
+    RAW,
     START,
     TARGETS,
     TEACHER,
@@ -62,7 +51,6 @@ from fairseq_vqem.pipeline.training import train
 from fairseq_vqem.tasks.translation_vqem import TranslationVQEMConfig
 
 USER_DIR = str(Path(__file__).parents[1])
-RAW = "raw"
 ALIGNED_BY = "alignments.json"
 TEACHER_GREEDY, TEACHER_BEAM = "teacher, greedy", f"teacher, beam {TEACHER_BEAM_SIZE}"
 BATCH_SIZE = 64
@@ -85,7 +73,7 @@ class System:
     task: str
     options: Options
     data: str
-    """What it learned from, see `targets_of`."""
+    """What it learned from, see `Recipe.targets`."""
     model: str
     """The teacher or the student that it decodes."""
     device: str
@@ -125,7 +113,7 @@ class Run:
         return self.out / MORE_CORPUS / "raw" / f"train.{languages(self.data)[0]}"
 
     def learned(self, targets: str) -> Path:
-        """The data with such `targets_of`."""
+        """The data with such `Recipe.targets`."""
         return self.data if targets == RAW else self.out / targets
 
     @property
@@ -166,7 +154,7 @@ def _status(command: Sequence[str], **streams: Any) -> int:
 def prepare(run: Run) -> None:
     """The corpus, its subwords and its binarised form; of further source the text matters."""
     _prepare(run.recipe.prepare, run.out / CORPUS)
-    if DISTILLED_MORE not in _all_targets(run):
+    if DISTILLED_MORE not in run.recipe.all_targets:
         return
     if "file" not in run.recipe.more_source:
         _prepare(run.recipe.more_source, run.out / MORE_CORPUS)
@@ -207,74 +195,15 @@ def train_teacher(run: Run) -> None:
     train(run.teacher.parent, words, "teacher", updates, _origin(run.data))
 
 
-def distill(run: Run) -> None:
-    """The teacher's translations as training targets, where a student learns from them.
-
-    Raises:
-        UserError: they are there already, but of another teacher or made with other options.
-    """
-    for targets in sorted(_all_targets(run) - {RAW}):  # the one with more source last
-        words = distill_words(run, targets)
-        if _is_distilled(run, targets):
-            check_plan(read_teaching(words))
-            print(f"{targets}: finished before")
-            continue
-        if targets == DISTILLED_MORE:
-            _start_with(run.learned(DISTILLED), read_teaching(words))
-        run_command(["fairseq_vqem.cli", "distill", *words])
-
-
-def _is_distilled(run: Run, targets: str) -> bool:
-    report = run.learned(targets) / REPORT
-    # Without the plan nothing says whose translations they are.
-    if not report.is_file() or not plan_file(report.parent).is_file():
-        return False
-    wanted = None if targets == DISTILLED else count_and_checksum(run.more_source)[1]
-    return bool(read_json(report).get("more_source") == wanted)
-
-
-def _start_with(finished: Path, teaching: Teaching) -> None:
-    """Take over the translations of a distillation without further source, if it is the same."""
-    if not plan_file(finished).is_file() or read_plan(finished) != plan_of(teaching):
-        return
-    check_plan(teaching)
-    for path in sorted(plan_file(finished).parent.glob("*.jsonl")):
-        copy = plan_file(teaching.out).with_name(path.name)
-        if not copy.is_file():
-            with replacing(copy) as temporary:
-                shutil.copyfile(path, temporary)
-
-
-def distill_words(run: Run, targets: str = DISTILLED) -> list[str]:
-    """Arguments of ``fairseq-vqem distill``."""
-    out = str(run.learned(targets))
-    words = ["--teacher", str(run.teacher), "--data", str(run.data), "--out", out]
-    words += ["--text", str(run.raw)]
-    words += ["--more-source", str(run.more_source)] if targets == DISTILLED_MORE else []
-    return [*words, *flags({"beam": 4, **run.recipe.distill, "device": run.device})]
-
-
-def targets_of(student: Options) -> str:
-    """What a student of a recipe learns from: raw, distilled or, with more source, both."""
-    distilled = student.get("distilled")
-    if distilled is not None and not distilled:
-        return RAW
-    return DISTILLED_MORE if student.get("more_source") else DISTILLED
-
-
-def _all_targets(run: Run) -> set[str]:
-    return {targets_of(run.recipe.trained(name)) for name in run.recipe.students}
-
-
 def train_student(run: Run, name: str) -> None:
-    """A student on its `targets_of`."""
+    """A student on its `Recipe.targets`."""
     options = dict(run.recipe.students[name])
     decoding = options.pop("generate", {})
     options = {"task": VQEM_TASK, **options}
     if options["task"] == VQEM_TASK:
         validation = _validation_options(decoding)
         options = {"criterion": "vqem_loss", **run.recipe.latent_student, **options, **validation}
-    data = run.learned(targets_of(run.recipe.trained(name)))
+    data = run.learned(run.recipe.targets(name))
     origin = _origin(data)
     if options.pop("from_teacher", False):
         options["init_from"] = str(run.teacher)
@@ -347,7 +276,6 @@ def systems(run: Run) -> dict[str, System]:
 def _system(run: Run, model: str, options: Options) -> System:
     student = run.recipe.students.get(model, {"task": "translation"})
     task, trained = student.get("task", VQEM_TASK), run.recipe.trained(model)
-    data = RAW if model == TEACHER else targets_of(trained)
     decoding = {VQEM_TASK: LATENT_DECODING, "translation_nat": NAT_DECODING}.get(task, [])
     # fairseq-generate forgets what the training was given
     options = {**{name: trained[name] for name in decoding if name in trained}, **options}
@@ -355,7 +283,7 @@ def _system(run: Run, model: str, options: Options) -> System:
     checkpoints = str(run.student(model))
     if options.get("rescore") == "teacher" or options.get("iter_decode_with_external_reranker"):
         checkpoints += f":{run.teacher}"
-    return System(checkpoints, task, dict(options), data, model, run.device)
+    return System(checkpoints, task, dict(options), run.recipe.targets(model), model, run.device)
 
 
 def translate(run: Run, name: str) -> None:

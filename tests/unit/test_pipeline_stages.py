@@ -14,7 +14,7 @@ from fairseq_vqem.corpora import distill as distill_module
 from fairseq_vqem.corpora.files import count_and_checksum, file_sha256
 from fairseq_vqem.corpora.teaching import Teaching
 from fairseq_vqem.errors import UserError
-from fairseq_vqem.pipeline import kept, stages
+from fairseq_vqem.pipeline import distilling, kept, stages
 from fairseq_vqem.pipeline.checks import check
 from fairseq_vqem.pipeline.recipe import Recipe
 
@@ -284,14 +284,14 @@ def test_translations_of_another_teacher_are_refused(tmp_path: Path, commands: l
     distill_module.check_plan(teaching)  # records it
     (run.learned("distilled") / "shards" / "00000.jsonl").touch()
     (run.learned("distilled") / distill_module.REPORT).write_text("{}")
-    stages.distill(run)
+    distilling.distill(run)
     with_teacher(run, b"another model")
     with pytest.raises(UserError, match="holds a distillation with other teachers"):
-        stages.distill(run)
+        distilling.distill(run)
     with_teacher(run, b"a model")
     longer = replace(run, recipe=replace(run.recipe, distill={"lenpen": 2}))
     with pytest.raises(UserError, match="holds a distillation with other lenpen"):
-        stages.distill(longer)
+        distilling.distill(longer)
     assert not commands
 
 
@@ -301,7 +301,7 @@ def test_a_distillation_without_a_plan_is_made_again(tmp_path: Path, commands: l
     with_teacher(run, b"another model")
     run.learned("distilled").mkdir()
     (run.learned("distilled") / distill_module.REPORT).write_text("{}")
-    stages.distill(run)
+    distilling.distill(run)
     assert commands == ["distill"]
 
 
@@ -317,7 +317,7 @@ def test_options_of_a_distillation_are_read_the_same_each_time(
     )
     distill_module.check_plan(teaching)
     (run.learned("distilled") / distill_module.REPORT).write_text("{}")
-    stages.distill(run)
+    distilling.distill(run)
     assert not commands
     with pytest.raises(SystemExit):  # by argparse
         check(replace(run, recipe=replace(run.recipe, distill={"beams": 4})))
@@ -330,7 +330,7 @@ def test_nothing_is_distilled_for_nobody(
     run = stages.Run(
         Recipe("x", {}, {}, {}, {"only": {**NAT, "distilled": distilled}}), tmp_path, "cpu"
     )
-    stages.distill(run)
+    distilling.distill(run)
     assert commands == made
 
 
@@ -346,16 +346,16 @@ def test_more_source_has_a_distillation_of_its_own(
     distill_module.check_plan(Teaching(str(run.teacher), run.data, distilled))
     (distilled / "shards" / "00000.jsonl").write_text('[0, "x"]\n')
     (distilled / distill_module.REPORT).write_text("{}")
-    stages.distill(run)
+    distilling.distill(run)
     assert commands == ["distill"]  # not of the first student's
     assert (more / "shards" / "00000.jsonl").read_text() == '[0, "x"]\n'
-    words = stages.distill_words(run, "distilled-more")
+    words = distilling.distill_words(run, "distilled-more")
     assert distill_module.read_plan(more) == distill_module.plan_of(
         distill_module.read_teaching(words)
     )
     checksum = count_and_checksum(lines)[1]
     (more / distill_module.REPORT).write_text(json.dumps({"more_source": checksum}))
-    stages.distill(run)
+    distilling.distill(run)
     assert commands == ["distill"]
     for name, data in (("first", distilled), ("more", more)):
         stages.train_student(run, name)
@@ -399,7 +399,7 @@ def test_a_distillation_of_another_teacher_is_not_taken_over(
     distill_module.check_plan(of_another)
     of_another.shard_file(0).touch()
     with_teacher(run, b"a model")
-    stages.distill(run)
+    distilling.distill(run)
     assert commands == ["distill"] and not run.learned("distilled-more").exists()
     of_another.shard_file(0).unlink()
     distill_module.check_plan(of_another)  # now by the same teacher
@@ -408,7 +408,7 @@ def test_a_distillation_of_another_teacher_is_not_taken_over(
     distill_module.check_plan(mine)
     mine.shard_file(1).touch()
     with pytest.raises(UserError, match="distilled-more holds a distillation with other lenpen"):
-        stages.distill(run)
+        distilling.distill(run)
     assert not mine.shard_file(0).exists()
 
 
@@ -419,8 +419,8 @@ def test_what_all_students_learn_from_counts(
     vq = {"arch": "vqem_transformer", "max_update": 3}
     run = run_of(tmp_path, vq=vq)
     run = replace(run, recipe=replace(run.recipe, **{of: {"more_source": True}}))
-    hidden = {**vq, "more_source": None}
-    assert stages.targets_of({**run.recipe.trained("vq"), **hidden}) == "distilled"
+    hidden = replace(run.recipe, students={"vq": {**vq, "more_source": None}})
+    assert hidden.targets("vq") == "distilled"
     stages.train_student(run, "vq")
     assert trained["words"][0] == str(run.learned("distilled-more"))
     assert "--more-source" not in trained["words"]
