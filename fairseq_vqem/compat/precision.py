@@ -52,15 +52,14 @@ def keep_exact_parameters() -> None:
             load_state_dict(self, rest, *args, **options)
             saved, own = state.get(EXACT, []), _parameters(self)
             half = self.fp16_params[0].dtype
-            rounded = [each.to(half).float() for each in saved]
-            if len(saved) != len(own) or not all(
-                torch.equal(a, b.detach().cpu().float())
-                for a, b in zip((each.cpu() for each in rounded), own, strict=True)
+            exact = [each.to(mine.device) for each, mine in zip(saved, own, strict=False)]
+            if len(saved) == len(own) and all(
+                torch.equal(each.to(half).to(mine.dtype), mine.detach())
+                for each, mine in zip(exact, own, strict=True)
             ):
-                return
-            with torch.no_grad():
-                for parameter, exact in zip(own, saved, strict=True):
-                    parameter.copy_(exact)
+                with torch.no_grad():
+                    for mine, each in zip(own, exact, strict=True):
+                        mine.copy_(each)
 
         return with_parameters
 

@@ -130,24 +130,16 @@ def count_and_checksum(path: Path) -> tuple[int, str]:
     Raises:
         UserError: the file is missing or is not UTF-8.
     """
-    count = 0
-
-    def counted() -> Iterator[str]:
-        nonlocal count
-        for line in read_lines(path):
-            count += 1
-            yield line
-
-    checksum = lines_checksum(counted())
-    return count, checksum
+    return count_and_checksum_of(read_lines(path))
 
 
-def lines_checksum(lines: Iterable[str]) -> str:
-    """The hexadecimal SHA-256 of a text file of these lines."""
-    digest = hashlib.sha256()
+def count_and_checksum_of(lines: Iterable[str]) -> tuple[int, str]:
+    """What `count_and_checksum` gives for a file of these lines."""
+    digest, count = hashlib.sha256(), 0
     for line in lines:
         digest.update(line.encode("utf-8") + b"\n")
-    return digest.hexdigest()
+        count += 1
+    return count, digest.hexdigest()
 
 
 def is_unchanged(path: Path, checksum: str | None) -> bool:

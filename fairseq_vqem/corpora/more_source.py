@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fairseq_vqem.corpora.binarise import MANIFEST, binarise
-from fairseq_vqem.corpora.files import lines_checksum, read_json, read_lines, write_lines
+from fairseq_vqem.corpora.files import count_and_checksum_of, read_json, read_lines, write_lines
 from fairseq_vqem.corpora.reading import languages
 from fairseq_vqem.corpora.splits import near_duplicate_keys
 from fairseq_vqem.corpora.subwords import load_subwords
@@ -78,7 +78,7 @@ def _check_same_text(data: Path, source_lang: str, sentences: Iterable[str]) -> 
     if not (data / MANIFEST).is_file():
         return
     recorded = read_json(data / MANIFEST)["splits"]["train"]["sha256"][source_lang]
-    if recorded != lines_checksum(sentences):
+    if recorded != count_and_checksum_of(sentences)[1]:
         raise UserError(
             f"{data.parent} has the translations of other text: delete that folder, repeat its"
             " --more-source or choose another --out"

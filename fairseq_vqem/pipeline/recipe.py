@@ -188,10 +188,9 @@ def _check_corpora(recipe: Recipe) -> None:
                 " more_source: true among the options of the students that learn from it"
             )
     for name in recipe.students:
-        student = recipe.trained(name)
-        if not student.get("more_source"):
+        if not recipe.trained(name).get("more_source"):
             continue
-        if student.get("distilled") is False:
+        if recipe.targets(name) == RAW:
             raise UserError(
                 f"{name!r} learns from more_source, which a teacher translates: leave out"
                 " distilled: false, or say more_source: false"

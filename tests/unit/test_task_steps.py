@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from itertools import groupby
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from fairseq_vqem.criterions.vqem_loss import VQEMLoss
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.models import VQEMTransformer
+from fairseq_vqem.tasks.data_folders import check_data_folders
 
 
 class Optimiser:
@@ -226,3 +228,11 @@ def test_options_of_validation_that_nobody_reads_are_refused(
     task = tiny.task(eval_latent_bleu=True, eval_bleu_args=given)
     with pytest.raises(UserError, match=re.escape(message)):
         task.validation_arguments()
+
+
+@pytest.mark.parametrize("data", [None, "", "nowhere", "{here}:", "{here}:nowhere"])
+def test_missing_data_folders_are_named(tmp_path: Path, data: str | None) -> None:
+    """An empty name would be the working directory."""
+    check_data_folders(f"{tmp_path}:{tmp_path}")
+    with pytest.raises(UserError, match=r"the data folder .*does not exist"):
+        check_data_folders(data and data.format(here=tmp_path))
