@@ -115,6 +115,44 @@ def test_the_one_file_is_enough(workshop: Workshop, artefact: Path, tmp_path: Pa
         assert "Traceback" not in failed.errors
 
 
+def test_lines_are_answered_as_they_come(workshop: Workshop, artefact: Path) -> None:
+    lines = workshop.sources(33)[:3]
+    expected = StandaloneTranslator(artefact, 1).translate(lines)
+    words = (artefact / "standalone.pyz", artefact, "--threads", 1, "--buffer-size", 1)
+    with subprocess.Popen(
+        [sys.executable, *map(str, words)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+    ) as running:
+        assert running.stdin and running.stdout
+        for line, translation in zip(lines, expected, strict=True):
+            running.stdin.write(f"{line}\n")
+            running.stdin.flush()
+            assert running.stdout.readline() == f"{translation}\n"  # before the input has ended
+
+
+def test_what_came_before_a_bad_line_is_written(workshop: Workshop, artefact: Path) -> None:
+    program, words = artefact / "standalone.pyz", (artefact, "--threads", 1, "--buffer-size", 2)
+    lines = workshop.sources(33)[:3]
+    text = "".join(f"{line}\n" for line in [*lines, "word " * 3000])
+    outcome = standalone(program, *words, stdin=text, missing=())
+    assert outcome.status == 1 and "Line 4 has" in outcome.errors
+    assert outcome.output.split("\n")[:-1] == StandaloneTranslator(artefact, 1).translate(lines[:2])
+    outcome = standalone(program, artefact, "--buffer-size", 0, stdin=text, missing=())
+    assert outcome.status == 1 and "--buffer-size is 0: it must be positive" in outcome.errors
+    latin = subprocess.run(
+        [sys.executable, str(program), str(artefact), "--buffer-size", "1"],
+        input=b"word\n\xe9t\xe9\n",
+        capture_output=True,
+        timeout=300,
+        check=False,
+    )
+    assert latin.returncode == 1 and b"Line 2 is not UTF-8 text." in latin.stderr
+    assert latin.stdout.count(b"\n") == 1
+
+
 def test_the_one_file_can_be_imported(workshop: Workshop, artefact: Path) -> None:
     code = (
         f"import sys; sys.path.insert(0, {str(artefact / 'standalone.pyz')!r});"

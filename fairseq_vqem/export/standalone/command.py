@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import BinaryIO
 
 from .manifest import StandaloneError
 from .translator import StandaloneTranslator
+
+BUFFER_SIZE = 10_000
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -17,27 +22,49 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("model", help="folder that fairseq-vqem export has written")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     parser.add_argument("--latent-beam", type=int, help="beam of the latent search")
+    parser.add_argument(
+        "--buffer-size",
+        type=int,
+        default=BUFFER_SIZE,
+        help="lines that are read before they are translated; 1 answers each line at once"
+        " (default: %(default)s)",
+    )
     arguments = parser.parse_args(words)
     try:
-        translator = StandaloneTranslator(
-            arguments.model, arguments.threads, latent_beam=arguments.latent_beam
-        )
-        # a byte order mark is no part of the first word
-        lines = sys.stdin.buffer.read().decode("utf-8-sig").split("\n")
-        lines = lines if lines[-1] else lines[:-1]  # the last line end ends a line
-        output = "".join(f"{line}\n" for line in translator.translate(lines))
-    except UnicodeDecodeError:
-        print("standalone: error: the input is not UTF-8 text", file=sys.stderr)
-        return 1
-    except StandaloneError as error:
-        print(f"standalone: error: {error}", file=sys.stderr)
-        return 1
-    try:
-        sys.stdout.buffer.write(output.encode("utf-8"))
-        sys.stdout.buffer.flush()
+        _translate(arguments)
     except BrokenPipeError:  # whoever read the output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
+    except (StandaloneError, OSError) as error:
         print(f"standalone: error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _translate(arguments: argparse.Namespace) -> None:
+    if arguments.buffer_size < 1:
+        raise StandaloneError(f"--buffer-size is {arguments.buffer_size}: it must be positive")
+    translator = StandaloneTranslator(
+        arguments.model, arguments.threads, latent_beam=arguments.latent_beam
+    )
+    first = 1
+    for lines in _buffers(sys.stdin.buffer, arguments.buffer_size):
+        output = "".join(f"{line}\n" for line in translator.translate(lines, first_line=first))
+        sys.stdout.buffer.write(output.encode("utf-8"))
+        sys.stdout.buffer.flush()
+        first += len(lines)
+
+
+def _buffers(source: BinaryIO, size: int) -> Iterator[list[str]]:
+    """Yield the lines of ``source``, at most ``size`` at a time."""
+    numbered = enumerate(source, start=1)
+    while buffer := [_text(number, line) for number, line in islice(numbered, size)]:
+        yield buffer
+
+
+def _text(number: int, line: bytes) -> str:
+    if number == 1:
+        line = line.removeprefix(codecs.BOM_UTF8)  # it is no part of the first word
+    try:
+        return line.removesuffix(b"\n").decode("utf-8")
+    except UnicodeDecodeError:
+        raise StandaloneError(f"Line {number} is not UTF-8 text.") from None

@@ -70,13 +70,16 @@ class StandaloneTranslator:
         if manifest["weights"] == "int8":
             check_integer_products(Graph(folder / f"{PROBE}.onnx", 1))
 
-    def translate(self, sentences: Sequence[str]) -> list[str]:
+    def translate(self, sentences: Sequence[str], *, first_line: int = 1) -> list[str]:
         """Return one translation for each sentence, in order; nothing to read gives ``""``.
+
+        Args:
+            first_line: what the first sentence is called in an error.
 
         Raises:
             StandaloneError: a sentence is longer than the model's positions.
         """
-        sources = self.encode(sentences)
+        sources = self.encode(sentences, first_line=first_line)
         occupied = [index for index, source in enumerate(sources) if len(source) > 1]
         translations = [""] * len(sources)
         outputs = self.translate_ids([sources[index] for index in occupied])
@@ -84,14 +87,17 @@ class StandaloneTranslator:
             translations[index] = self.decode(output)
         return translations
 
-    def encode(self, sentences: Sequence[str]) -> list[list[int]]:
+    def encode(self, sentences: Sequence[str], *, first_line: int = 1) -> list[list[int]]:
         """Return source ids of each sentence, the end-of-sentence symbol included.
+
+        Args:
+            first_line: see `translate`.
 
         Raises:
             StandaloneError: a sentence is longer than the model's positions.
         """
         sources = [self.source.ids(self.subwords.encode(sentence)) for sentence in sentences]
-        self._check_lengths(sources)
+        self._check_lengths(sources, first_line)
         return sources
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -244,9 +250,9 @@ class StandaloneTranslator:
                 ids.append(word)
         return [*ids, EOS]
 
-    def _check_lengths(self, sources: Sequence[Sequence[int]]) -> None:
+    def _check_lengths(self, sources: Sequence[Sequence[int]], first_line: int = 1) -> None:
         limit = self.options.max_source_tokens - self.options.source_start
-        for number, source in enumerate(sources, start=1):
+        for number, source in enumerate(sources, start=first_line):
             if len(source) > limit:
                 raise StandaloneError(
                     f"Line {number} has {len(source)} subwords but the model reads at most"
