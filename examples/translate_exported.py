@@ -1,12 +1,13 @@
 """Translate the lines of standard input: python examples/translate_exported.py EXPORTED < text
 
-EXPORTED is a folder that `fairseq-vqem export` has written. The standalone.pyz in it does the same
-where neither fairseq nor this plugin is installed.
+EXPORTED is a folder that `fairseq-vqem export` has written. The program in it is a Python package
+as well, so that neither fairseq nor torch nor this plugin is needed.
 """
 
 import sys
 
-from fairseq_vqem.export.standalone import StandaloneTranslator
+sys.path.insert(0, f"{sys.argv[1]}/standalone.pyz")
+from standalone import StandaloneTranslator
 
 translator = StandaloneTranslator(sys.argv[1])
 sys.stdin.reconfigure(encoding="utf-8-sig")  # without a byte order mark

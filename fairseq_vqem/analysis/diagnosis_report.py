@@ -146,7 +146,9 @@ def code_places(quality: LatentQuality) -> str:
 def _length(diagnosis: Diagnosis) -> Iterator[str]:
     """Shortness beyond the number of codes."""
     factor, lengths = diagnosis.brevity[PREDICTED], diagnosis.errors[PREDICTED].lengths
-    if factor < 1:
+    if factor == 0:
+        yield f"The translations of {PREDICTED} are so short that they have no BLEU at all."
+    elif factor < 1:
         lost = diagnosis.scores[PREDICTED].bleu * (1 / factor - 1)
         yield (
             f"The translations of {PREDICTED} have {lengths.ratio:.3f} of the references' words and"

@@ -17,7 +17,7 @@ from typing import Any
 from fairseq_vqem.benchmark.engine_kinds import engine_versions
 from fairseq_vqem.benchmark.engines import Engine, load_engine
 from fairseq_vqem.benchmark.processes import Processes
-from fairseq_vqem.benchmark.signature import make_signature
+from fairseq_vqem.benchmark.signature import Signature, make_signature
 from fairseq_vqem.benchmark.tables import (
     ResultRow,
     ResultTable,
@@ -146,6 +146,13 @@ def _run(arguments: argparse.Namespace) -> int:
     sentences = choose_evenly(_sentences(arguments), arguments.sentences)
     if not sentences:
         raise UserError("There is no sentence to translate; give a --source with text.")
+    signature = make_signature(
+        data=arguments.data,  # before anything is timed: it may lack a manifest
+        seed=arguments.seed,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        engines=engine_versions(options for _, options in systems.values()),
+    )
     groups = process_groups({name: options for name, (_, options) in systems.items()})
     with Processes(groups, seed=arguments.seed) as processes:
         timings = time_engines(
@@ -157,7 +164,8 @@ def _run(arguments: argparse.Namespace) -> int:
             burn_in=arguments.burn_in,
             device=arguments.device,
         )
-    _report(arguments, systems, timings, source_lengths(arguments.data, sentences))
+    lengths = source_lengths(arguments.data, sentences)
+    _report(arguments, systems, timings, lengths, signature)
     return 0
 
 
@@ -172,17 +180,11 @@ def _report(
     systems: Mapping[str, tuple[str, dict]],
     timings: EngineTimings,
     lengths: Sequence[int],
+    signature: Signature,
 ) -> None:
     seconds = timings.seconds
     rows = result_rows(seconds, arguments.baseline, timings.parameters, seed=arguments.seed)
     table = ResultTable(arguments.name, rows, COLUMNS)
-    signature = make_signature(
-        data=arguments.data,
-        seed=arguments.seed,
-        device=arguments.device,
-        dtype=arguments.dtype,
-        engines=engine_versions(options for _, options in systems.values()),
-    )
     groups = medians_by_length(seconds, lengths)
     if arguments.output:
         write_table(

@@ -76,13 +76,14 @@ def check_same_outputs(
         For each system the share of timed sentences with the same translation.
 
     Raises:
-        UserError: a system differs in more than one sentence of twenty.
+        UserError: a system differs in more than one sentence of twenty, of fewer in more than one.
     """
     shares = {}
     for name, outputs in timed.items():
         same = [output == scored[name][at] for output, at in zip(outputs, places, strict=True)]
         shares[name] = sum(same) / len(same)
-        if shares[name] < SAME_OUTPUTS and name not in sampled:
+        allowed = max(1, int(len(same) * (1 - SAME_OUTPUTS)))
+        if same.count(False) > allowed and name not in sampled:
             raise UserError(
                 f"{name!r} translates {1 - shares[name]:.0%} of the sentences differently one by"
                 " one than in batches: it depends on the batch, on the order or on something that"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -33,6 +34,7 @@ FAIRSEQ_SPECIAL_SYMBOLS = 4
 MMAP_INDEX_MAGIC = b"MMIDIDX\x00\x00"
 MMAP_INDEX_HEADER = "<QBQ"
 CHECKSUM_DIGITS = 12
+MANY_UNKNOWN = 5.0  # per cent
 
 
 @dataclass(frozen=True)
@@ -165,11 +167,24 @@ def _given_dictionaries(
         if path is not None
     }
     for path in given.values():
-        if not path.is_file():
-            raise UserError(f"The dictionary {path} does not exist; check the path.")
+        _check_dictionary(path)
     if joined and len({file_sha256(path) for path in given.values()}) > 1:
         raise UserError("A joined dictionary needs equal dictionaries; the two given ones differ.")
     return given
+
+
+def _check_dictionary(path: Path) -> None:
+    from fairseq.data import Dictionary
+
+    if not path.is_file():
+        raise UserError(f"The dictionary {path} does not exist; check the path.")
+    try:
+        Dictionary.load(str(path))
+    except Exception as error:  # fairseq's own for another encoding is no narrower
+        raise UserError(
+            f"{path} is not a dictionary of fairseq, of a subword and its count on each line"
+            f" ({str(error).splitlines()[0]})."
+        ) from error
 
 
 def _describe_inputs(job: _Job) -> dict[str, Any]:
@@ -215,6 +230,8 @@ def _run(job: _Job, inputs: dict[str, Any]) -> dict[str, Any]:
             write_lines(encoded / f"{split}.{language}", lines)
     _run_fairseq_preprocess(job, encoded, binary)
     _check_sentence_counts(job, binary, inputs)
+    if job.dictionaries:
+        _warn_of_unknown(job)
     shutil.copyfile(job.subwords.path, binary / job.subwords.file_name)
     dictionaries = {language: binary / f"dict.{language}.txt" for language in job.languages}
     manifest = {
@@ -279,6 +296,17 @@ def _run_fairseq_preprocess(job: _Job, encoded: Path, binary: Path) -> None:
         raise UserError(
             f"fairseq's preprocessing failed with status {result.returncode}; see {log}."
         )
+
+
+def _warn_of_unknown(job: _Job) -> None:
+    """Say so where a given dictionary lacks many of the subwords: another model's has most."""
+    log = (job.out_dir / LOG).read_text(encoding="utf-8")
+    for name, share in re.findall(r"(\S+): [\d,]+ sents, [\d,]+ tokens, ([\d.]+)% replaced", log):
+        if float(share) > MANY_UNKNOWN:
+            print(
+                f"{Path(name).name}: the dictionary lacks {share} % of the subwords, which become"
+                " <unk>; does it belong to this subword model, and the text to both?"
+            )
 
 
 def _check_sentence_counts(job: _Job, binary: Path, inputs: dict[str, Any]) -> None:

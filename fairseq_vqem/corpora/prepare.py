@@ -21,6 +21,7 @@ from fairseq_vqem.corpora.subwords import (
     KINDS,
     SENTENCEPIECE,
     SubwordModel,
+    adopt_subwords,
     load_subwords,
     train_subwords,
 )
@@ -36,11 +37,15 @@ DEBIAN_EVALUATION_PAIRS = 1500
 
 @dataclass(frozen=True)
 class SubwordRequest:
-    """What `prepare_from_raw` should train; see `train_subwords`."""
+    """What `prepare_from_raw` should train, see `train_subwords`, or take instead."""
 
     kind: str = SENTENCEPIECE
     size: int = SAMPLE_VOCABULARY
     character_coverage: float = 1.0
+    model: Path | None = None
+    """A model trained elsewhere: nothing is trained."""
+    dictionary: Path | None = None
+    """fairseq's, for both languages, that belongs to ``model``; None: built from the text."""
 
 
 def prepare_from_raw(
@@ -54,27 +59,39 @@ def prepare_from_raw(
         The manifest of the binarised data.
 
     Raises:
-        UserError: as `train_subwords` and `binarise`.
+        UserError: as `train_subwords`, `adopt_subwords` and `binarise`.
     """
     raw = out_dir / RAW
     files = [raw / f"train.{language}" for language in (source_lang, target_lang)]
-    subwords = _trained_subwords(out_dir / SUBWORDS, files, request)
+    subwords = _subwords(out_dir / SUBWORDS, files, request)
     binarised = out_dir / BINARISED
-    manifest = binarise(raw, binarised, source_lang, target_lang, subwords, workers=workers)
+    manifest = binarise(
+        raw,
+        binarised,
+        source_lang,
+        target_lang,
+        subwords,
+        source_dict=request.dictionary,
+        workers=workers,
+    )
     for split in SPLITS:
         print(f"{split}: {manifest['splits'][split]['lines']} pairs")
     print(f"{binarised} is ready (data checksum {data_checksum(binarised)})")
     return manifest
 
 
-def _trained_subwords(folder: Path, files: list[Path], request: SubwordRequest) -> SubwordModel:
+def _subwords(folder: Path, files: list[Path], request: SubwordRequest) -> SubwordModel:
+    """The model that is asked for, in ``folder``."""
+    mark = folder / SUBWORDS_MANIFEST
+    if request.model is not None:
+        mark.unlink(missing_ok=True)
+        return adopt_subwords(request.model, folder)
     inputs = {
         "kind": request.kind,
         "size": request.size,
         "character_coverage": request.character_coverage,
         "text": [count_and_checksum(path)[1] for path in files],
     }
-    mark = folder / SUBWORDS_MANIFEST
     if mark.is_file():
         try:
             recorded = json.loads(mark.read_text(encoding="utf-8"))
@@ -151,10 +168,32 @@ def _run_archives(args: argparse.Namespace) -> int:
 
 
 def _run_text(args: argparse.Namespace) -> int:
+    request = SubwordRequest(
+        args.subwords, args.vocab_size, args.character_coverage, args.subword_model, args.dictionary
+    )
+    _check_given(request)
     copy_text(args.text, args.source_lang, args.target_lang, args.out / RAW)
-    request = SubwordRequest(args.subwords, args.vocab_size, args.character_coverage)
     prepare_from_raw(args.out, args.source_lang, args.target_lang, request, args.workers)
     return 0
+
+
+def _check_given(request: SubwordRequest) -> None:
+    trained = SubwordRequest(size=DEBIAN_VOCABULARY)
+    asked = (request.kind, request.size, request.character_coverage)
+    if request.model is None and request.dictionary is not None:
+        raise UserError(
+            "--dictionary belongs to a subword model that was trained before: give that one as"
+            " --subword-model."
+        )
+    if request.model is not None and asked != (
+        trained.kind,
+        trained.size,
+        trained.character_coverage,
+    ):
+        raise UserError(
+            "With --subword-model none is trained: leave out --subwords, --vocab-size and"
+            " --character-coverage."
+        )
 
 
 def _add_text(corpora: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -170,6 +209,18 @@ def _add_text(corpora: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         default=1.0,
         metavar="SHARE",
         help="of sentencepiece; 0.9995 for scripts with thousands of signs (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--subword-model",
+        type=Path,
+        metavar="FILE",
+        help="of a teacher that exists: its SentencePiece model or BPE codes, instead of new ones",
+    )
+    parser.add_argument(
+        "--dictionary",
+        type=Path,
+        metavar="FILE",
+        help="of that teacher: fairseq's dict.LANG.txt, joined (default: built from the text)",
     )
     _add_output_options(parser, DEBIAN_VOCABULARY)
     parser.set_defaults(run=_run_text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -164,6 +165,25 @@ def post_process_of(symbols: Sequence[str], data: str | None = None) -> str | No
     return SubwordNmtModel.post_process if joined and joined >= RARE * len(own) else None
 
 
+def checked_post_process(given: str | None, symbols: Sequence[str], data: str) -> str | None:
+    """``given``, what --eval-bleu-remove-bpe says, or else `post_process_of` the data.
+
+    Raises:
+        UserError: ``given`` joins the other kind of subwords, so that scores would be of nothing.
+    """
+    own = post_process_of(symbols, data)
+    if not given:
+        return own
+    kind = SubwordNmtModel.post_process if given.strip() == JOINER else given
+    others = {model.post_process for model in _MODELS.values()} - {own}
+    if own is not None and kind in others:
+        raise UserError(
+            f"--eval-bleu-remove-bpe {given} does not join the subwords of {data}, which are those"
+            f" of {own}: leave it out"
+        )
+    return given
+
+
 def load_subwords(directory: Path) -> SubwordModel:
     """Load whichever model lies in `directory` (also a binarised data directory).
 
@@ -176,6 +196,40 @@ def load_subwords(directory: Path) -> SubwordModel:
         problem = "has several subword models" if found else "has no subword model"
         raise UserError(f"{directory} {problem}; it must hold exactly one of {names}.")
     return found[0](directory)
+
+
+def adopt_subwords(path: Path, directory: Path) -> SubwordModel:
+    """Copy a model that was trained elsewhere into ``directory``, the only one there.
+
+    Raises:
+        UserError: ``path`` is neither a SentencePiece model nor codes of subword-nmt.
+    """
+    if not path.is_file():
+        raise UserError(f"The subword model {path} does not exist; check the path.")
+    content = path.read_bytes()
+    kind = _kind_of(content)
+    if kind is None:
+        raise UserError(
+            f"{path} is neither a SentencePiece model nor BPE codes as subword-nmt writes them."
+        )
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in SUBWORD_FILES:
+        (directory / name).unlink(missing_ok=True)
+    with replacing(directory / kind.file_name) as temporary:
+        temporary.write_bytes(content)
+    return kind(directory)
+
+
+def _kind_of(content: bytes) -> type[SubwordModel] | None:
+    for kind in _MODELS.values():
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / kind.file_name).write_bytes(content)
+            try:
+                kind(Path(folder))
+            except UserError:
+                continue
+            return kind
+    return None
 
 
 def train_subwords(

@@ -277,6 +277,10 @@ def load_models(
 
 
 def _read_checkpoint(path: str) -> dict[str, Any]:
+    if Path(path).is_dir():
+        raise UserError(
+            f"{path} is a folder, no checkpoint; give a file such as checkpoint_best.pt"
+        )
     if not Path(path).is_file():
         raise UserError(f"The checkpoint {path} does not exist; check the path.")
     try:

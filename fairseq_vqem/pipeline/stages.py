@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from fairseq_vqem.analysis.posterior import reconstruct
 from fairseq_vqem.benchmark.engines import load_engine, translate_all
 from fairseq_vqem.benchmark.scoring import read_generate_output
 from fairseq_vqem.benchmark.signature import device_name
+from fairseq_vqem.bottlenecks.base import find_bottleneck
 from fairseq_vqem.corpora.binarise import data_checksum
 from fairseq_vqem.corpora.files import (
     file_sha256,
@@ -60,6 +62,7 @@ LATENT_DECODING = [
     for name in TranslationVQEMConfig.__dataclass_fields__
     if name not in (*TranslationConfig.__dataclass_fields__, *OF_TRAINING)
 ]
+REMOVE_BPE = "eval_bleu_remove_bpe"
 NAT_DECODING = ["remove_repeats", "length_span"]
 BLEU = "bleu"  # fairseq's name of what validation computes
 MAX_LENGTH: Options = {"max_len_a": 2, "max_len_b": 10}
@@ -175,6 +178,8 @@ def train_words(run: Run, data: Path, options: Options) -> tuple[list[str], int]
     for choice_of_targets in TARGETS:
         merged.pop(choice_of_targets, None)
     max_update = int(merged.pop("max_update"))
+    if merged.get(REMOVE_BPE):  # whatever subwords a recipe was written for
+        merged[REMOVE_BPE] = load_subwords(run.data).post_process
     source, target = languages(run.data)
     words = [str(data), "--user-dir", USER_DIR, "-s", source, "-t", target]
     words += ["--seed", str(run.recipe.seed), "--no-epoch-checkpoints"]
@@ -216,6 +221,9 @@ def train_student(run: Run, name: str) -> None:
     if options.get("load_alignments"):
         align(run, data)
         origin["teacher"] = file_sha256(run.teacher)
+    bottleneck = str({**run.recipe.common, **options}.get("bottleneck"))
+    if ":" in bottleneck:  # of another package, whose code may change
+        origin["bottleneck"] = file_sha256(Path(inspect.getfile(find_bottleneck(bottleneck))))
     words, updates = train_words(run, data, options)
     train(run.out / name, words, name, updates, origin)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ OPTIONS = "options.json"
 ORIGIN = "origin.json"
 MEMORY = "memory.json"
 COMMITS = "commits.json"
+LOCK = ".training"
 PATHS = {
     "": "data",
     "--user-dir": None,
@@ -100,12 +103,20 @@ def _check_same_training(
     moved = [flag for flag, known in PATHS.items() if known is None or known in (origin or ())]
     unlike = [f for f in unlike if f not in moved or (f in before) != (f in now)]
     problem = f"with other options ({', '.join(unlike)})" if unlike else ""
-    if not problem and recorded != (None if origin is None else dict(origin)):
-        problem = "on other data"
+    problem = problem or _other_origin(recorded, origin)
     if problem:
         raise UserError(
             f"{folder} holds a training {problem}: delete the folder or choose another --out"
         )
+
+
+def _other_origin(recorded: Mapping[str, str] | None, origin: Mapping[str, str] | None) -> str:
+    """What has changed of what a training reads; empty where nothing has."""
+    before, now = recorded or {}, origin or {}
+    changed = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+    if not changed:
+        return ""
+    return "on other data" if "data" in changed else f"with another {' and '.join(changed)}"
 
 
 def _workers(log: Path) -> str:
@@ -142,9 +153,15 @@ def run_logged(
         memory: holds the most memory (MiB, resident) that ``command`` had in this or an earlier
             call, also where it fails or is interrupted.
     """
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    )
+    with _alone(memory.parent, title) as lock:
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            pass_fds=[lock],
+        )
     assert process.stdout is not None
     last, peak = "", 0.0
     try:
@@ -166,6 +183,26 @@ def run_logged(
         write_json(memory, max(peak, read_json(memory) if memory.is_file() else 0.0))
     if process.returncode:
         raise UserError(f"{title} failed: {last} (the whole log: {sink.name})")
+
+
+@contextmanager
+def _alone(folder: Path, title: str) -> Iterator[int]:
+    """A descriptor that whoever trains in ``folder`` holds until it ends, even an orphan.
+
+    Raises:
+        UserError: another training holds it, as where this program was killed and its
+            fairseq-train lives on.
+    """
+    with (folder / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"{title}: another fairseq-train is writing to {folder}; wait for it or end it"
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        yield file.fileno()
 
 
 def peak_memory(process: int) -> float | None:

@@ -16,7 +16,7 @@ from fairseq.tasks.translation_lev import (
 )
 from torch import Tensor
 
-from fairseq_vqem.corpora.subwords import post_process_of
+from fairseq_vqem.corpora.subwords import checked_post_process
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.generation.parts import refuse_ignored_options
 from fairseq_vqem.models.config import option
@@ -123,8 +123,9 @@ class TranslationNATTask(TranslationLevenshteinTask):
     def build_model(self, cfg: Any, from_checkpoint: bool = False) -> Any:
         if from_checkpoint:  # to decode: perhaps an autoregressive teacher
             return FairseqTask.build_model(self, cfg, from_checkpoint)
-        if self.cfg.eval_bleu and not self.cfg.eval_bleu_remove_bpe:
-            self.cfg.eval_bleu_remove_bpe = post_process_of(self.tgt_dict.symbols, self.cfg.data)
+        if self.cfg.eval_bleu:
+            given, symbols = self.cfg.eval_bleu_remove_bpe, self.tgt_dict.symbols
+            self.cfg.eval_bleu_remove_bpe = checked_post_process(given, symbols, self.cfg.data)
         model = super().build_model(cfg, from_checkpoint)
         check_training(model, self.cfg)
         if self.cfg.init_from:  # a resumed training then loads its own parameters

@@ -18,7 +18,7 @@ from sacrebleu.metrics import BLEU
 from torch import Tensor
 
 from fairseq_vqem.benchmark.scoring import bleu_for
-from fairseq_vqem.corpora.subwords import post_process_of
+from fairseq_vqem.corpora.subwords import checked_post_process
 from fairseq_vqem.criterions.vqem_loss import VQEMLoss
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.generation.latent_generator import RESCORES, LatentGenerator, read_words
@@ -274,8 +274,8 @@ class TranslationVQEMTask(LearnsCodebook, TranslationTask):
     @cached_property
     def joiner(self) -> str | None:
         """What joins the subwords of validation."""
-        own = post_process_of(self.target_dictionary.symbols, self.cfg.data)
-        return self.cfg.eval_bleu_remove_bpe or own
+        given, symbols = self.cfg.eval_bleu_remove_bpe, self.target_dictionary.symbols
+        return checked_post_process(given, symbols, self.cfg.data)
 
     @cached_property
     def detokeniser(self) -> Any:

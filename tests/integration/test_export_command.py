@@ -140,6 +140,11 @@ def test_what_came_before_a_bad_line_is_written(workshop: Workshop, artefact: Pa
     outcome = standalone(program, *words, stdin=text, missing=())
     assert outcome.status == 1 and "Line 4 has" in outcome.errors
     assert outcome.output.split("\n")[:-1] == StandaloneTranslator(artefact, 1).translate(lines[:2])
+    long = "".join(f"{line}\n" for line in [lines[0], "word " * 3000, lines[1]])
+    skipped = standalone(program, *words, "--skip-bad-lines", stdin=long, missing=())
+    assert skipped.status == 0 and "standalone: warning: Line 2 has" in skipped.errors
+    first, second = StandaloneTranslator(artefact, 1).translate(lines[:2])
+    assert skipped.output.split("\n") == [first, "", second, ""]
     outcome = standalone(program, artefact, "--buffer-size", 0, stdin=text, missing=())
     assert outcome.status == 1 and "--buffer-size is 0: it must be positive" in outcome.errors
     latin = subprocess.run(
@@ -175,15 +180,10 @@ def test_equal_programs_are_equal_files(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_example(workshop: Workshop, artefact: Path) -> None:
     program = EXAMPLES / "translate_exported.py"
-    done = subprocess.run(
-        [sys.executable, str(program), str(artefact)],
-        input="Opens the dialog.\n\n",
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = standalone(program, artefact, stdin="Opens the dialog.\n\n", missing=PLUGIN)
+    assert done.status == 0, done.text
     expected = StandaloneTranslator(artefact, 1).translate(["Opens the dialog.", ""])
-    assert done.stdout.split("\n") == [*expected, ""]
+    assert done.output.split("\n") == [*expected, ""]
 
 
 def test_damage_is_noticed(artefact: Path, tmp_path: Path) -> None:

@@ -117,6 +117,15 @@ def test_outputs_in_another_order_are_found() -> None:
     assert check_same_outputs(scored, timed, places, sampled=["nat"])["nat"] == 0.0
 
 
+def test_of_few_sentences_one_may_be_a_near_tie() -> None:
+    scored = {"nat": [str(n) for n in range(10)]}
+    timed = {"nat": ["a near-tie", *scored["nat"][1:]]}
+    assert check_same_outputs(scored, timed, list(range(10))) == {"nat": 0.9}
+    timed["nat"][1] = "another"
+    with pytest.raises(UserError, match="20% of the sentences differently"):
+        check_same_outputs(scored, timed, list(range(10)))
+
+
 def test_file_names_are_plain() -> None:
     assert file_name("teacher, beam 4 (int8)") == "teacher-beam-4-int8"
 

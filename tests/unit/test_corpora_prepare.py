@@ -79,6 +79,44 @@ def test_prepare_own_text(small_sample: dict[str, list[Pair]], tmp_path: Path) -
     )
 
 
+@pytest.mark.parametrize("kind", ["sentencepiece", "subword-nmt"])
+def test_the_subwords_and_the_dictionary_of_a_teacher_that_exists(
+    small_sample: dict[str, list[Pair]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+) -> None:
+    teacher, mine = tmp_path / "teacher", tmp_path / "mine"
+    run("sample", "--out", str(teacher), "--subwords", kind, "--vocab-size", "200")
+    model = load_subwords(teacher / "subwords")
+    dictionary = teacher / "binarised" / "dict.en.txt"
+    write_text(tmp_path / "text", small_sample)
+    monkeypatch.setattr(prepare, "train_subwords", no_training)
+    words = ("text", "--text", str(tmp_path / "text"), "--out", str(mine), "-s", "en", "-t", "de")
+    given = ("--subword-model", str(model.path), "--dictionary", str(dictionary))
+    run(*words, *given)
+    assert data_checksum(mine / "binarised") == data_checksum(teacher / "binarised")
+    assert "the dictionary lacks" not in capsys.readouterr().out
+    again = str(mine / "subwords" / model.path.name)  # what it has copied before
+    run(*words, "--subword-model", again, *given[2:])
+    lines = dictionary.read_text(encoding="utf-8").split("\n")[:-1]
+    half = tmp_path / "dict.txt"
+    half.write_text("\n".join(lines[::2]) + "\n", encoding="utf-8")
+    run(*words, *given[:3], str(half))
+    assert "train.en: the dictionary lacks" in capsys.readouterr().out
+    with pytest.raises(UserError, match="leave out --subwords, --vocab-size"):
+        run(*words, *given, "--vocab-size", "200")
+    with pytest.raises(UserError, match="give that one as --subword-model"):
+        run(*words, *given[2:])
+    with pytest.raises(UserError, match="is neither a SentencePiece model nor BPE codes"):
+        run(*words, "--subword-model", str(tmp_path / "text" / "train.en"))
+    half.write_text("one\t-2.5\ntwo\t-3.5\n", encoding="utf-8")  # a vocabulary of SentencePiece
+    with pytest.raises(UserError, match="is not a dictionary of fairseq"):
+        run(*words, *given[:3], str(half))
+    assert load_subwords(mine / "binarised").checksum == model.checksum  # nothing was lost
+
+
 @pytest.mark.parametrize(
     ("lines", "languages", "message"),
     [

@@ -14,6 +14,7 @@ from fairseq_vqem.corpora.subwords import (
     SENTENCEPIECE,
     SUBWORD_NMT,
     SubwordModel,
+    checked_post_process,
     load_subwords,
     post_process_of,
     train_subwords,
@@ -150,3 +151,23 @@ def test_the_subword_model_beside_the_data_tells_its_joiner(models: Models) -> N
         assert post_process_of(["the", "dialog"], folder) == expected
         assert post_process_of(["the", "dialog"], f"{folder}:{folder}/more") == expected
     assert post_process_of(["\u2581the"], "/nowhere") == "sentencepiece"
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong", "right"),
+    [
+        ("sentencepiece", ("subword_nmt", "@@ "), "sentencepiece"),
+        ("subword-nmt", ("sentencepiece",), "@@ "),
+    ],
+)
+def test_another_joiner_than_that_of_the_data(
+    models: Models, kind: str, wrong: tuple[str, ...], right: str
+) -> None:
+    folder = str(models[kind].directory)
+    for other in wrong:
+        with pytest.raises(UserError, match="does not join the subwords of"):
+            checked_post_process(other, ["the"], folder)
+    assert checked_post_process(right, ["the"], folder) == right
+    assert checked_post_process(None, ["the"], folder) == models[kind].post_process
+    assert checked_post_process("letter", ["the"], folder) == "letter"
+    assert checked_post_process("sentencepiece", ["the"], "/nowhere") == "sentencepiece"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import math
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -30,12 +31,14 @@ from fairseq_vqem.analysis.decoding_variants import (
 )
 from fairseq_vqem.analysis.diagnosis import diagnose, read_labels, translate
 from fairseq_vqem.analysis.diagnosis_records import (
+    Diagnosis,
     brevity,
     by_label,
     groups,
     length_quartiles,
     steps,
 )
+from fairseq_vqem.analysis.diagnosis_report import _length
 from fairseq_vqem.analysis.posterior import reconstruct
 from fairseq_vqem.analysis.translation_errors import find_errors, share_doubled
 from fairseq_vqem.benchmark.signature import read_result
@@ -150,6 +153,13 @@ def test_steps_add_up_to_the_gap() -> None:
     assert sum(step.bleu for step in found) == pytest.approx(bleu[0] - bleu[-1])
     assert found[2].bleu == pytest.approx(bleu[2] - bleu[3]) == -found[3].bleu
     assert found[1].bleu == 0 and found[1].p == 1.0
+
+
+def test_translations_too_short_for_bleu() -> None:
+    nothing = SimpleNamespace(
+        brevity={PREDICTED: 0.0}, errors={PREDICTED: SimpleNamespace(lengths=None)}
+    )
+    assert "no BLEU at all" in "".join(_length(cast(Diagnosis, nothing)))
 
 
 def test_brevity_penalty() -> None:

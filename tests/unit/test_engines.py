@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from test_api import PAIRS, make_data, make_teacher
 from tiny_student import make_student
 
 import fairseq_vqem
-from fairseq_vqem.benchmark import engine_kinds
+from fairseq_vqem.benchmark import engine_kinds, engines
 from fairseq_vqem.benchmark.engine_kinds import ENGINES, EngineKind, engine_versions
 from fairseq_vqem.benchmark.engines import (
     CTranslate2Engine,
@@ -165,6 +165,33 @@ def test_ctranslate2_leaves_torch_its_threads(trained: tuple[Path, Path]) -> Non
     options = {"engine": "ctranslate2", "workers": 2}
     torch.set_num_threads(2)
     translate_all(load_engine(str(teacher), data, options, threads=2), SOURCES, 8)
+    assert torch.get_num_threads() == 2
+
+
+def test_ctranslate2_has_no_threads_beside_its_own(
+    trained: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of OpenMP make all of a process sleep where they are more than the processors."""
+    ctranslate2 = pytest.importorskip("ctranslate2")
+    data, teacher = trained
+    seen: list[tuple[str, bool, int]] = []
+
+    def watched(what: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **options: Any) -> Any:
+            main = threading.current_thread() is threading.main_thread()
+            seen.append((what, main, torch.get_num_threads()))
+            return call(*args, **options)
+
+        return wrapped
+
+    monkeypatch.setattr(engines, "_convert", watched("convert", engines._convert))
+    monkeypatch.setattr(ctranslate2, "Translator", watched("load", ctranslate2.Translator))
+    torch.set_num_threads(2)
+    load_engine(str(teacher), data, {"engine": "ctranslate2"}, threads=2)
+    assert [each[:2] for each in seen] == [("convert", True), ("load", False)]
+    assert seen[0][2] == 1  # torch's own last as long as the process
+    with pytest.raises(UserError, match="takes one AR Transformer"):
+        load_engine(f"{teacher}:{teacher}", data, {"engine": "ctranslate2"}, threads=2)
     assert torch.get_num_threads() == 2
 
 

@@ -58,6 +58,32 @@ def test_a_student_goes_on_from_another(tmp_path: Path, trained: dict[str, Any])
     assert trained["folder"] == tmp_path / "longer" and trained["updates"] == 3
 
 
+def test_code_of_an_own_bottleneck_is_part_of_what_a_training_reads(
+    tmp_path: Path, trained: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = tmp_path / "a_bottleneck_of_mine.py"
+    module.write_text(
+        "from fairseq_vqem.bottlenecks import Bottleneck\nclass Mine(Bottleneck): pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    own = {"max_update": 3, "bottleneck": "a_bottleneck_of_mine:Mine"}
+    stages.train_student(run_of(tmp_path, own=own), "own")
+    assert trained["origin"] == {"data": "abc", "bottleneck": file_sha256(module)}
+
+
+def test_joiners_are_those_of_the_corpus(
+    tmp_path: Path, trained: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_of(
+        tmp_path, scored={**NAT, "eval_bleu": True, "eval_bleu_remove_bpe": "sentencepiece"}
+    )
+    run.data.mkdir(parents=True)
+    (run.data / "bpe.codes").write_text("#version: 0.2\nt h\n", encoding="utf-8")
+    stages.train_student(run, "scored")
+    words = trained["words"]
+    assert words[words.index("--eval-bleu-remove-bpe") + 1] == "subword_nmt"
+
+
 def test_a_start_that_has_not_been_trained_is_named(
     tmp_path: Path, trained: dict[str, Any]
 ) -> None:

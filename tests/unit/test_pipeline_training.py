@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
+import subprocess
 import sys
 import time
 from contextlib import nullcontext
@@ -46,11 +49,17 @@ def test_a_finished_training_is_kept(tmp_path: Path) -> None:
     assert finished(tmp_path / "without") == train(tmp_path / "without", WORDS, "a run", 10)
 
 
-@pytest.mark.parametrize("now", [{"data": "abd"}, {"data": "abc", "codes": "0"}, None])
+@pytest.mark.parametrize("now", [{"data": "abd"}, {"data": "abd", "codes": "0"}, None])
 def test_a_training_on_other_data_is_refused(tmp_path: Path, now: dict[str, str] | None) -> None:
     finished(tmp_path, data="abc")
     with pytest.raises(UserError, match="on other data: delete the folder"):
         train(tmp_path, WORDS, "a run", 10, now)
+
+
+def test_a_training_from_another_teacher_is_refused(tmp_path: Path) -> None:
+    finished(tmp_path, data="abc", teacher="def")
+    with pytest.raises(UserError, match="with another bottleneck and teacher: delete the folder"):
+        train(tmp_path, WORDS, "a run", 10, {"data": "abc", "teacher": "0", "bottleneck": "1"})
 
 
 def test_a_training_of_unknown_data_is_refused(tmp_path: Path) -> None:
@@ -80,7 +89,7 @@ def test_a_training_may_be_moved(tmp_path: Path) -> None:
         "--cpu",
     ]
     train(tmp_path, moved, "a run", 10, {"data": "abc", "teacher": "def"})
-    with pytest.raises(UserError, match="on other data"):
+    with pytest.raises(UserError, match="with another teacher"):
         train(tmp_path, moved, "a run", 10, {"data": "abc", "teacher": "another"})
     without = [word for word in moved if word not in ("--init-from", "new/teacher.pt")]
     with pytest.raises(UserError, match=r"with other options \(--init-from\)"):
@@ -280,3 +289,37 @@ def save_updates(path: Path, updates: int) -> Path:
     content["extra_state"] = {"train_iterator": {"epoch": 1}}
     torch.save(content, path)
     return path
+
+
+ORPHANED = """
+import sys
+from pathlib import Path
+from fairseq_vqem.pipeline.training import run_logged
+sleeper = [sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)"]
+with open(sys.argv[1] + "/log", "w") as sink:
+    run_logged(sleeper, sink, "a run", 10, Path(sys.argv[1]) / "memory.json")
+"""
+
+
+def test_no_second_training_in_a_folder_where_an_orphan_trains(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    killed = subprocess.Popen([sys.executable, "-c", ORPHANED, str(tmp_path)])
+    while not (log.is_file() and "begun" in log.read_text(encoding="utf-8")):
+        assert killed.poll() is None
+        time.sleep(0.05)
+    children = Path(f"/proc/{killed.pid}/task/{killed.pid}/children")
+    (orphan,) = children.read_text(encoding="utf-8").split()
+    killed.kill()
+    killed.wait()
+    command = [sys.executable, "-c", "print('second')"]
+    with log.open("a", encoding="utf-8") as sink:
+        with pytest.raises(UserError, match="another fairseq-train is writing to"):
+            run_logged(command, sink, "a run", 10, tmp_path / "memory.json")
+        os.kill(int(orphan), signal.SIGKILL)
+        for _ in range(100):
+            try:
+                run_logged(command, sink, "a run", 10, tmp_path / "memory.json")
+                break
+            except UserError:
+                time.sleep(0.05)
+    assert "second" in log.read_text(encoding="utf-8")

@@ -6,9 +6,8 @@ import argparse
 import codecs
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import islice
-from typing import BinaryIO
 
 from .manifest import StandaloneError
 from .translator import StandaloneTranslator
@@ -29,6 +28,11 @@ def main(words: Sequence[str] | None = None) -> int:
         help="lines that are read before they are translated; 1 answers each line at once"
         " (default: %(default)s)",
     )
+    parser.add_argument(
+        "--skip-bad-lines",
+        action="store_true",
+        help="answer a line that is too long or not UTF-8 with an empty one instead of stopping",
+    )
     arguments = parser.parse_args(words)
     try:
         _translate(arguments)
@@ -46,25 +50,28 @@ def _translate(arguments: argparse.Namespace) -> None:
     translator = StandaloneTranslator(
         arguments.model, arguments.threads, latent_beam=arguments.latent_beam
     )
-    first = 1
-    for lines in _buffers(sys.stdin.buffer, arguments.buffer_size):
-        output = "".join(f"{line}\n" for line in translator.translate(lines, first_line=first))
+    numbered = enumerate(sys.stdin.buffer, start=1)
+    while buffer := list(islice(numbered, arguments.buffer_size)):
+        lines = [_text(translator, *line, arguments.skip_bad_lines) for line in buffer]
+        output = "".join(f"{line}\n" for line in translator.translate(lines))
         sys.stdout.buffer.write(output.encode("utf-8"))
         sys.stdout.buffer.flush()
-        first += len(lines)
 
 
-def _buffers(source: BinaryIO, size: int) -> Iterator[list[str]]:
-    """Yield the lines of ``source``, at most ``size`` at a time."""
-    numbered = enumerate(source, start=1)
-    while buffer := [_text(number, line) for number, line in islice(numbered, size)]:
-        yield buffer
-
-
-def _text(number: int, line: bytes) -> str:
+def _text(translator: StandaloneTranslator, number: int, line: bytes, skip: bool) -> str:
+    """A line that can be translated; a bad one is empty where such are to be skipped."""
     if number == 1:
         line = line.removeprefix(codecs.BOM_UTF8)  # it is no part of the first word
     try:
-        return line.removesuffix(b"\n").decode("utf-8")
+        text = line.removesuffix(b"\n").decode("utf-8")
+        translator.encode([text], first_line=number)
     except UnicodeDecodeError:
-        raise StandaloneError(f"Line {number} is not UTF-8 text.") from None
+        problem = f"Line {number} is not UTF-8 text."
+    except StandaloneError as error:
+        problem = str(error)
+    else:
+        return text
+    if not skip:
+        raise StandaloneError(problem)
+    print(f"standalone: warning: {problem}", file=sys.stderr)
+    return ""

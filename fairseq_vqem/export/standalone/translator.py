@@ -70,16 +70,13 @@ class StandaloneTranslator:
         if manifest["weights"] == "int8":
             check_integer_products(Graph(folder / f"{PROBE}.onnx", 1))
 
-    def translate(self, sentences: Sequence[str], *, first_line: int = 1) -> list[str]:
+    def translate(self, sentences: Sequence[str]) -> list[str]:
         """Return one translation for each sentence, in order; nothing to read gives ``""``.
-
-        Args:
-            first_line: what the first sentence is called in an error.
 
         Raises:
             StandaloneError: a sentence is longer than the model's positions.
         """
-        sources = self.encode(sentences, first_line=first_line)
+        sources = self.encode(sentences)
         occupied = [index for index, source in enumerate(sources) if len(source) > 1]
         translations = [""] * len(sources)
         outputs = self.translate_ids([sources[index] for index in occupied])
@@ -91,7 +88,7 @@ class StandaloneTranslator:
         """Return source ids of each sentence, the end-of-sentence symbol included.
 
         Args:
-            first_line: see `translate`.
+            first_line: what the first sentence is called in an error.
 
         Raises:
             StandaloneError: a sentence is longer than the model's positions.
