@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
+import re
 from pathlib import Path
 
 import pytest
 
+from fairseq_vqem.compare.settings import read_settings
+from fairseq_vqem.corpora import prepare
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.pipeline import checks
-from fairseq_vqem.pipeline.recipe import flags, laid_over, read_recipe
+from fairseq_vqem.pipeline.recipe import Recipe, flags, laid_over, read_recipe
 from fairseq_vqem.pipeline.stages import TEACHER_BEAM, TEACHER_GREEDY, Run, systems
 
 BASE = "name: base\nprepare: {corpus: sample}\ncommon: {lr: 1, max_tokens: 5}\n"
@@ -129,6 +133,15 @@ def test_flags() -> None:
     assert flags(options) == [*words, "--eval-bleu-args", '{"beam": 1}']
 
 
+def check_prepare(recipe: Recipe) -> None:
+    """Whether the command knows the options of ``prepare``."""
+    options = dict(recipe.prepare)
+    corpus = options.pop("corpus")
+    parser = argparse.ArgumentParser()
+    prepare.register(parser.add_subparsers(required=True))
+    parser.parse_args(["prepare", corpus, "--out", "out", *flags(options)])
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_recipe_of_the_project_can_be_read(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -145,6 +158,7 @@ def test_every_recipe_of_the_project_can_be_read(
             continue
         assert {TEACHER_BEAM, TEACHER_GREEDY} < set(systems(run))
         checks.check(run)
+        check_prepare(run.recipe)
 
 
 @pytest.mark.parametrize("name", ["full", "quick"])
@@ -153,3 +167,17 @@ def test_all_parallel_rows_but_ctc_remove_repeats(name: str, tmp_path: Path) -> 
     for row, system in systems(Run(read_recipe(path), tmp_path, "cpu")).items():
         parallel = system.task != "translation" and not row.startswith("CTC")
         assert bool(system.options.get("remove_repeats")) == parallel, row
+
+
+def test_the_recipe_of_the_documents(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    root = RECIPES[0].parents[2]
+    text = (root / "recipes" / "README.md").read_text(encoding="utf-8")
+    extended = f"extends: {root / 'recipes' / 'paper' / 'cpu.yaml'}"
+    (recipe,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    path = tmp_path / "mine.yaml"
+    path.write_text(recipe.replace("extends: ../paper/cpu.yaml", extended), encoding="utf-8")
+    monkeypatch.syspath_prepend(root / "examples")
+    run = Run(read_recipe(path), tmp_path / "out", "cpu")
+    checks.check(run)
+    read_settings(run.recipe, systems(run))
+    check_prepare(run.recipe)
