@@ -21,8 +21,8 @@ TESTED = {  # the row that each is, and its BLEU on these sentences but for anot
         "CTC with glancing, 5000 updates, 30 candidates, exported int8",
     ),
     "help-en-fr": (
-        ROOT / "recipes" / "debian-en-fr" / "results" / "en-fr-hypotheses.tsv.gz",
-        "VQ-EM, 10000 updates, beam 5, exported int8",
+        ROOT / "recipes" / "debian-en-fr" / "results" / "more-hypotheses.tsv.gz",
+        "VQ-EM, 10000 updates, more source, beam 5, exported int8",
     ),
 }
 
