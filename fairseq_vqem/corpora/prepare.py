@@ -20,6 +20,7 @@ from fairseq_vqem.corpora.splits import SplitRule
 from fairseq_vqem.corpora.subwords import (
     KINDS,
     SENTENCEPIECE,
+    SUBWORD_FILES,
     SubwordModel,
     adopt_subwords,
     load_subwords,
@@ -100,8 +101,9 @@ def _subwords(folder: Path, files: list[Path], request: SubwordRequest) -> Subwo
                 return model
         except (ValueError, UserError):
             print(f"The subword model in {folder} is damaged; training it again.")
-        for path in folder.iterdir():
-            path.unlink()
+        mark.unlink()
+    for name in SUBWORD_FILES:
+        (folder / name).unlink(missing_ok=True)
     coverage = request.character_coverage
     model = train_subwords(request.kind, files, request.size, folder, character_coverage=coverage)
     write_json(mark, {**inputs, "sha256": model.checksum})

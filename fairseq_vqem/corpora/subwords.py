@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -44,6 +45,8 @@ class SubwordModel(ABC):
     file_name: str
     post_process: str
     """fairseq's ``--post-process`` that joins the pieces."""
+    mark: str
+    """What marks a piece that goes on a word, or begins one."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -75,6 +78,11 @@ class SubwordModel(ABC):
     def decode(self, pieces: str) -> str:
         """Return the line that `pieces` came from."""
 
+    @classmethod
+    def joined_by(cls, symbol: str) -> bool:
+        """Whether ``symbol``, as fairseq's ``--post-process``, joins the pieces."""
+        return symbol.strip() in (cls.post_process, cls.mark)
+
     def encode_lines(self, lines: Iterable[str]) -> Iterator[str]:
         """Encode line by line; one output line for each input line."""
         return map(self.encode, lines)
@@ -86,6 +94,7 @@ class SentencePieceModel(SubwordModel):
     kind = SENTENCEPIECE
     file_name = "sentencepiece.model"
     post_process = "sentencepiece"
+    mark = WORD_START
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
@@ -112,6 +121,7 @@ class SubwordNmtModel(SubwordModel):
     kind = SUBWORD_NMT
     file_name = "bpe.codes"
     post_process = "subword_nmt"
+    mark = JOINER
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
@@ -174,9 +184,8 @@ def checked_post_process(given: str | None, symbols: Sequence[str], data: str) -
     own = post_process_of(symbols, data)
     if not given:
         return own
-    kind = SubwordNmtModel.post_process if given.strip() == JOINER else given
-    others = {model.post_process for model in _MODELS.values()} - {own}
-    if own is not None and kind in others:
+    kinds = [model.post_process for model in _MODELS.values() if model.joined_by(given)]
+    if own is not None and kinds and own not in kinds:
         raise UserError(
             f"--eval-bleu-remove-bpe {given} does not join the subwords of {data}, which are those"
             f" of {own}: leave it out"
@@ -207,6 +216,8 @@ def adopt_subwords(path: Path, directory: Path) -> SubwordModel:
     if not path.is_file():
         raise UserError(f"The subword model {path} does not exist; check the path.")
     content = path.read_bytes()
+    if re.fullmatch(rb"(\S+ \d+\n)+", content):
+        raise UserError(f"{path} is a dictionary, no subword model: give it as --dictionary.")
     kind = _kind_of(content)
     if kind is None:
         raise UserError(

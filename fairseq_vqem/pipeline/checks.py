@@ -23,8 +23,9 @@ def check(run: Run) -> None:
     Raises:
         UserError: a row needs such an engine, or one that cannot decode its model, or has an
             option that the engine does not know or of a wrong value; a model's checkpoints are
-            chosen by a BLEU that its validation does not compute; a student that goes on from
-            another would begin by a warm-up; distillation cannot be done so.
+            chosen by a BLEU that its validation does not compute; a bottleneck is not known; a
+            student that goes on from another would begin by a warm-up; distillation cannot be
+            done so.
     """
     _check_teaching(run)
     for model in (TEACHER, *run.recipe.students):
@@ -35,6 +36,8 @@ def check(run: Run) -> None:
                 f"the checkpoints of {model!r} are chosen by BLEU: give it eval_bleu (with latents:"
                 " eval_latent_bleu), or another best_checkpoint_metric"
             )
+        if trained.get("task", VQEM_TASK) == VQEM_TASK and model != TEACHER:
+            find_bottleneck(_bottleneck(trained))
         if START in trained and _warms_up(trained):
             raise UserError(WARM_UP_AGAIN.format(repr(model), "quantise_schedule: 1"))
     for name, system in systems(run).items():
@@ -63,10 +66,14 @@ def _check_teaching(run: Run) -> None:
         raise UserError(f"more_source names {run.more_source}, which does not exist")
 
 
+def _bottleneck(trained: Options) -> str:
+    return str(trained.get("bottleneck", VQEMTransformerConfig().bottleneck))
+
+
 def _warms_up(trained: Options) -> bool:
     """Whether a student's training begins by filling a codebook."""
     default = VQEMTransformerConfig()
     schedule = parse_schedule(str(trained.get("quantise_schedule", default.quantise_schedule)))
-    kind = find_bottleneck(str(trained.get("bottleneck", default.bottleneck)))
+    kind = find_bottleneck(_bottleneck(trained))
     fills = kind.observe is not Bottleneck.observe
     return trained.get("task", VQEM_TASK) == VQEM_TASK and fills and schedule.start == 0

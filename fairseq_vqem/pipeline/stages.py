@@ -49,7 +49,7 @@ from fairseq_vqem.pipeline.recipe import (
     Recipe,
     flags,
 )
-from fairseq_vqem.pipeline.training import train
+from fairseq_vqem.pipeline.training import BOTTLENECK, train
 from fairseq_vqem.tasks.translation_vqem import TranslationVQEMConfig
 
 USER_DIR = str(Path(__file__).parents[1])
@@ -178,8 +178,8 @@ def train_words(run: Run, data: Path, options: Options) -> tuple[list[str], int]
     for choice_of_targets in TARGETS:
         merged.pop(choice_of_targets, None)
     max_update = int(merged.pop("max_update"))
-    if merged.get(REMOVE_BPE):  # whatever subwords a recipe was written for
-        merged[REMOVE_BPE] = load_subwords(run.data).post_process
+    if (given := merged.get(REMOVE_BPE)) and not load_subwords(run.data).joined_by(str(given)):
+        merged[REMOVE_BPE] = load_subwords(run.data).post_process  # another recipe's subwords
     source, target = languages(run.data)
     words = [str(data), "--user-dir", USER_DIR, "-s", source, "-t", target]
     words += ["--seed", str(run.recipe.seed), "--no-epoch-checkpoints"]
@@ -223,7 +223,7 @@ def train_student(run: Run, name: str) -> None:
         origin["teacher"] = file_sha256(run.teacher)
     bottleneck = str({**run.recipe.common, **options}.get("bottleneck"))
     if ":" in bottleneck:  # of another package, whose code may change
-        origin["bottleneck"] = file_sha256(Path(inspect.getfile(find_bottleneck(bottleneck))))
+        origin[BOTTLENECK] = file_sha256(Path(inspect.getfile(find_bottleneck(bottleneck))))
     words, updates = train_words(run, data, options)
     train(run.out / name, words, name, updates, origin)
 

@@ -26,6 +26,7 @@ ORIGIN = "origin.json"
 MEMORY = "memory.json"
 COMMITS = "commits.json"
 LOCK = ".training"
+BOTTLENECK = "bottleneck"
 PATHS = {
     "": "data",
     "--user-dir": None,
@@ -63,9 +64,9 @@ def train(
         return best
     command = [sys.executable, "-m", "fairseq_cli.train", *words, "--save-dir", str(folder)]
     log = folder / LOG
-    _record_commit(folder / COMMITS)
-    with log.open("a", encoding="utf-8") as sink:
-        run_logged(command, sink, title, max_update, folder / MEMORY)
+    with _alone(folder, title) as lock, log.open("a", encoding="utf-8") as sink:
+        _record_commit(folder / COMMITS)
+        run_logged(command, sink, title, max_update, folder / MEMORY, lock)
     if not best.is_file():
         raise UserError(f"{title} left no checkpoint: see {log}")
     finished = {"updates": max_update, "peak_memory_mib": read_json(folder / MEMORY)}
@@ -112,7 +113,9 @@ def _check_same_training(
 
 def _other_origin(recorded: Mapping[str, str] | None, origin: Mapping[str, str] | None) -> str:
     """What has changed of what a training reads; empty where nothing has."""
-    before, now = recorded or {}, origin or {}
+    before, now = dict(recorded or {}), origin or {}
+    if before and BOTTLENECK in now:  # which earlier records lack
+        before.setdefault(BOTTLENECK, now[BOTTLENECK])
     changed = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
     if not changed:
         return ""
@@ -145,23 +148,28 @@ def by_flag(words: Sequence[str]) -> dict[str, list[str]]:
 
 
 def run_logged(
-    command: Sequence[str], sink: Any, title: str, max_update: int, memory: Path
+    command: Sequence[str],
+    sink: Any,
+    title: str,
+    max_update: int,
+    memory: Path,
+    *inherited: int,
 ) -> None:
     """Run ``command``, copy its output to ``sink`` and draw its progress.
 
     Args:
+        inherited: descriptors that it holds as well, until it ends.
         memory: holds the most memory (MiB, resident) that ``command`` had in this or an earlier
             call, also where it fails or is interrupted.
     """
-    with _alone(memory.parent, title) as lock:
-        process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            pass_fds=[lock],
-        )
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        pass_fds=inherited,
+    )
     assert process.stdout is not None
     last, peak = "", 0.0
     try:

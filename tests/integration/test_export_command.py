@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -127,10 +128,13 @@ def test_lines_are_answered_as_they_come(workshop: Workshop, artefact: Path) -> 
         encoding="utf-8",
     ) as running:
         assert running.stdin and running.stdout
+        too_late = threading.Timer(300, running.kill)
+        too_late.start()
         for line, translation in zip(lines, expected, strict=True):
             running.stdin.write(f"{line}\n")
             running.stdin.flush()
             assert running.stdout.readline() == f"{translation}\n"  # before the input has ended
+        too_late.cancel()
 
 
 def test_what_came_before_a_bad_line_is_written(workshop: Workshop, artefact: Path) -> None:

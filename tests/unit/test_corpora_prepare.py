@@ -109,6 +109,8 @@ def test_the_subwords_and_the_dictionary_of_a_teacher_that_exists(
         run(*words, *given, "--vocab-size", "200")
     with pytest.raises(UserError, match="give that one as --subword-model"):
         run(*words, *given[2:])
+    with pytest.raises(UserError, match="is a dictionary, no subword model"):
+        run(*words, "--subword-model", str(dictionary))
     with pytest.raises(UserError, match="is neither a SentencePiece model nor BPE codes"):
         run(*words, "--subword-model", str(tmp_path / "text" / "train.en"))
     half.write_text("one\t-2.5\ntwo\t-3.5\n", encoding="utf-8")  # a vocabulary of SentencePiece

@@ -23,10 +23,12 @@ from fairseq_vqem.errors import UserError
 from fairseq_vqem.pipeline import training
 from fairseq_vqem.pipeline.report import training_summary, used_validation
 from fairseq_vqem.pipeline.training import (
+    COMMITS,
     FINISHED,
     LOG,
     MEMORY,
     OPTIONS,
+    _alone,
     by_flag,
     run_logged,
     train,
@@ -57,9 +59,14 @@ def test_a_training_on_other_data_is_refused(tmp_path: Path, now: dict[str, str]
 
 
 def test_a_training_from_another_teacher_is_refused(tmp_path: Path) -> None:
-    finished(tmp_path, data="abc", teacher="def")
+    finished(tmp_path, data="abc", teacher="def", bottleneck="0")
     with pytest.raises(UserError, match="with another bottleneck and teacher: delete the folder"):
         train(tmp_path, WORDS, "a run", 10, {"data": "abc", "teacher": "0", "bottleneck": "1"})
+
+
+def test_a_record_from_before_bottlenecks_were_in_it(tmp_path: Path) -> None:
+    best = finished(tmp_path, data="abc")
+    assert train(tmp_path, WORDS, "a run", 10, {"data": "abc", "bottleneck": "1"}) == best
 
 
 def test_a_training_of_unknown_data_is_refused(tmp_path: Path) -> None:
@@ -231,7 +238,7 @@ def test_a_training_names_the_code_that_it_ran_with(
     """Not the one that is there at its end, and of a resumed training all."""
     states = iter([("a", False), ("a", False), ("b", True), (None, None)])
 
-    def run(command: Any, sink: Any, title: str, updates: int, memory: Path) -> None:
+    def run(command: Any, sink: Any, title: str, updates: int, memory: Path, lock: int) -> None:
         write_json(memory, 1.0)
         if interrupted:
             raise KeyboardInterrupt
@@ -294,10 +301,11 @@ def save_updates(path: Path, updates: int) -> Path:
 ORPHANED = """
 import sys
 from pathlib import Path
-from fairseq_vqem.pipeline.training import run_logged
+from fairseq_vqem.pipeline.training import _alone, run_logged
 sleeper = [sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)"]
-with open(sys.argv[1] + "/log", "w") as sink:
-    run_logged(sleeper, sink, "a run", 10, Path(sys.argv[1]) / "memory.json")
+folder = Path(sys.argv[1])
+with _alone(folder, "a run") as lock, (folder / "log").open("w") as sink:
+    run_logged(sleeper, sink, "a run", 10, folder / "memory.json", lock)
 """
 
 
@@ -311,15 +319,14 @@ def test_no_second_training_in_a_folder_where_an_orphan_trains(tmp_path: Path) -
     (orphan,) = children.read_text(encoding="utf-8").split()
     killed.kill()
     killed.wait()
-    command = [sys.executable, "-c", "print('second')"]
-    with log.open("a", encoding="utf-8") as sink:
-        with pytest.raises(UserError, match="another fairseq-train is writing to"):
-            run_logged(command, sink, "a run", 10, tmp_path / "memory.json")
-        os.kill(int(orphan), signal.SIGKILL)
-        for _ in range(100):
-            try:
-                run_logged(command, sink, "a run", 10, tmp_path / "memory.json")
-                break
-            except UserError:
-                time.sleep(0.05)
-    assert "second" in log.read_text(encoding="utf-8")
+    with pytest.raises(UserError, match="another fairseq-train is writing to"):
+        train(tmp_path, WORDS, "a run", 10)
+    assert not (tmp_path / COMMITS).exists()
+    os.kill(int(orphan), signal.SIGKILL)
+    for _ in range(100):
+        try:
+            with _alone(tmp_path, "a run"):
+                return
+        except UserError:
+            time.sleep(0.05)
+    pytest.fail("the lock outlives whoever trained")
