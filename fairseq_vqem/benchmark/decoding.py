@@ -172,7 +172,7 @@ class Contest:
     """All contenders, in processes of their own, taking turns; a context manager that ends them.
 
     Args:
-        counts: of threads, of which each has the one that is faster for it.
+        counts: of threads, of which each has what suits it, see `turns.fewest`.
     """
 
     def __init__(

@@ -19,6 +19,8 @@ from fairseq_vqem.benchmark.timing import Seconds, measure, stopwatch
 T = TypeVar("T")
 PROBES, PROBE_PASSES = 10, 3
 """Sentences on which the number of threads is chosen, and how often."""
+AS_FAST = 1.1
+"""Threads that save less than this factor are not worth having; see `fewest`."""
 LoadEngine = Callable[[int], Engine]
 """Makes an engine that has the given number of threads; picklable."""
 
@@ -100,12 +102,21 @@ def time_best_batches(
     return min(seconds)
 
 
+def fewest(seconds: Mapping[int, float]) -> int:
+    """The fewest threads that are about as fast as any: more of them are more easily disturbed.
+
+    Args:
+        seconds: by number of threads.
+    """
+    return min(n for n, found in seconds.items() if found <= AS_FAST * min(seconds.values()))
+
+
 class TimedCalls(ABC, Generic[T]):
     """Something that translates, with its sentences, and what it made of them.
 
     Args:
         load: makes it, with the given number of threads.
-        counts: of threads; the one that is faster on a few sentences is kept.
+        counts: of threads; the `fewest` by a few sentences are kept.
     """
 
     def __init__(
@@ -113,7 +124,7 @@ class TimedCalls(ABC, Generic[T]):
     ) -> None:
         self.device = device
         found = {count: self._probe(load, count) for count in counts} if len(counts) > 1 else {}
-        self.threads = min(counts, key=lambda count: found.get(count, 0.0))
+        self.threads = fewest(found) if found else counts[0]
         if not found or self.threads != counts[-1]:  # else it was loaded last
             self._load(load, self.threads)
         self.outputs: dict[int, Any] = {}

@@ -28,7 +28,7 @@ from fairseq_vqem.benchmark.engines import (
     translate_batches,
 )
 from fairseq_vqem.benchmark.throughput import summarise_throughput, time_batches
-from fairseq_vqem.benchmark.turns import time_engines
+from fairseq_vqem.benchmark.turns import fewest, time_engines
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.export.command import export
 
@@ -166,6 +166,12 @@ def test_ctranslate2_leaves_torch_its_threads(trained: tuple[Path, Path]) -> Non
     torch.set_num_threads(2)
     translate_all(load_engine(str(teacher), data, options, threads=2), SOURCES, 8)
     assert torch.get_num_threads() == 2
+
+
+def test_more_threads_must_be_worth_it() -> None:
+    assert fewest({1: 1.09, 2: 1.0}) == 1
+    assert fewest({1: 1.2, 2: 1.0}) == 2
+    assert fewest({1: 1.0, 2: 1.5}) == 1
 
 
 def test_ctranslate2_has_no_threads_beside_its_own(
