@@ -249,8 +249,9 @@ def _load(ctranslate2: Any, folder: str, **options: Any) -> Any:
 
     OpenMP's threads of a process sleep between two products where they are more than its
     processors. Loading weights, in int8 above all, starts such threads, which last as long as the
-    thread that loads them; CTranslate2 translates in another one, with others. At base size on two
-    processors it took 1.6 times as long with them, with small models up to twenty times.
+    thread that loads them; CTranslate2 translates in another one, with others. With two threads on
+    two processors it took twice as long with them at base size, up to twenty times with a small
+    model.
     """
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(ctranslate2.Translator, folder, **options).result()

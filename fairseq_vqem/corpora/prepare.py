@@ -85,8 +85,9 @@ def _subwords(folder: Path, files: list[Path], request: SubwordRequest) -> Subwo
     """The model that is asked for, in ``folder``."""
     mark = folder / SUBWORDS_MANIFEST
     if request.model is not None:
+        model = adopt_subwords(request.model, folder)
         mark.unlink(missing_ok=True)
-        return adopt_subwords(request.model, folder)
+        return model
     inputs = {
         "kind": request.kind,
         "size": request.size,

@@ -119,7 +119,8 @@ def _other_origin(recorded: Mapping[str, str] | None, origin: Mapping[str, str] 
     changed = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
     if not changed:
         return ""
-    return "on other data" if "data" in changed else f"with another {' and '.join(changed)}"
+    named = set(changed) <= {"teacher", "student", BOTTLENECK}
+    return f"with another {' and '.join(changed)}" if named else "on other data"
 
 
 def _workers(log: Path) -> str:
