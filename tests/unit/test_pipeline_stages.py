@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from fairseq_vqem.benchmark.engine_kinds import ENGINES
 from fairseq_vqem.corpora import distill as distill_module
 from fairseq_vqem.corpora.files import count_and_checksum, file_sha256
 from fairseq_vqem.corpora.teaching import Teaching
@@ -37,11 +36,6 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def run_of(out: Path, **students: Any) -> stages.Run:
     return stages.Run(Recipe("x", {}, {}, {}, {"first": NAT, **students}), out, "cpu")
-
-
-def checked(run: stages.Run) -> stages.Run:
-    """Validated by BLEU, as `check` wants it."""
-    return replace(run, recipe=replace(run.recipe, common={"eval_bleu": True}))
 
 
 def test_a_student_goes_on_from_another(tmp_path: Path, trained: dict[str, Any]) -> None:
@@ -159,98 +153,6 @@ def test_every_way_to_decode_has_what_the_training_was_given(tmp_path: Path) -> 
     assert found["first"].options == {"remove_repeats": True, "length_span": 0.4}
     assert found["latent"].options["remove_repeats"] is True
     assert found[stages.TEACHER_GREEDY].options.keys() == {"beam", "max_len_a", "max_len_b"}
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"iter_decode_wiht_beam": 5}, "fairseq of 'v': there is no option iter_decode_wiht_beam"),
-        ({"engine": "fast"}, "no engine 'fast'"),
-        (
-            {"student": "teacher", "engine": "ctranslate2", "remove_repeats": True},
-            "ctranslate2 of 'v': there is no option",
-        ),
-        ({"engine": "exported", "lenpen": 1}, "exported of 'v': there is no option lenpen"),
-        ({"engine": "ctranslate2"}, "ctranslate2 of 'v' cannot decode 'first'"),
-        ({"student": "teacher", "engine": "exported"}, "exported of 'v' cannot decode 'teacher'"),
-        ({"student": "cmlm", "engine": "exported"}, "exported of 'v' cannot decode 'cmlm'"),
-        ({"student": "vq", "beam": 4}, "vqem_transformer does not read beam"),
-        ({"student": "vq", "latent_beam": 0}, "at least 1"),
-        ({"student": "vq", "latent_beam": "x"}, "wrong value: latent_beam"),
-        ({"student": "vq", "rescore": "techer"}, "wrong value: rescore"),
-        ({"student": "vq", "latent_length_reward": 1}, "--latent-length-reward chooses"),
-        ({"student": "vq", "rescore": "teacher"}, "at least --latent-candidates 2"),
-        ({"student": "teacher", "iter_decode_max_iter": 4}, "does not read iter_decode_max_iter"),
-        ({"beam": 4}, "a parallel model does not read beam"),
-        ({"student": "teacher", "engine": "ctranslate2", "compute_type": "int4"}, "'int4': choose"),
-        ({"student": "teacher", "engine": "ctranslate2", "workers": 0}, "workers is 0"),
-        ({"student": "teacher", "engine": "ctranslate2", "beam": "4"}, "beam is '4'"),
-    ],
-)
-def test_options_that_no_engine_reads_are_refused_before_any_training(
-    tmp_path: Path, options: dict[str, Any], message: str
-) -> None:
-    cmlm, vq = {**NAT, "arch": "cmlm_transformer"}, {"arch": "vqem_transformer"}
-    run = checked(run_of(tmp_path, cmlm=cmlm, vq=vq))
-    variants = {"v": {"student": "first", **options}}
-    if options.get("engine") in ENGINES:
-        for package in ENGINES[options["engine"]].packages:
-            pytest.importorskip(package)
-    check(run)
-    with pytest.raises(UserError, match=message):
-        check(replace(run, recipe=replace(run.recipe, variants=variants)))
-
-
-@pytest.mark.parametrize(
-    ("distill", "message"),
-    [({"dtype": "bf16"}, "Unknown dtype 'bf16'"), ({"beam": 0}, "at least 1")],
-)
-def test_a_distillation_that_cannot_be_is_refused_before_any_training(
-    tmp_path: Path, distill: dict[str, Any], message: str
-) -> None:
-    run = checked(run_of(tmp_path))
-    with pytest.raises(UserError, match=message):
-        check(replace(run, recipe=replace(run.recipe, distill=distill)))
-
-
-def test_checkpoints_are_chosen_by_what_is_computed(
-    tmp_path: Path, trained: dict[str, Any]
-) -> None:
-    run = run_of(tmp_path, vq={"eval_latent_bleu": True, "arch": "vqem_transformer"})
-    with pytest.raises(UserError, match="checkpoints of 'teacher' are chosen by BLEU"):
-        check(run)
-    run = replace(run, recipe=replace(run.recipe, teacher={"eval_bleu": True}))
-    with pytest.raises(UserError, match="checkpoints of 'first' are chosen by BLEU"):
-        check(run)
-    students = {**run.recipe.students, "first": {**NAT, "best_checkpoint_metric": "loss"}}
-    run = replace(run, recipe=replace(run.recipe, students=students))
-    check(run)
-    stages.train_student(run, "first")
-    words = trained["words"]
-    assert words[words.index("--best-checkpoint-metric") + 1] == "loss"
-    assert "--maximize-best-checkpoint-metric" not in words
-    run.recipe.students["first"] = NAT
-    stages.train_student(run, "first")
-    words = trained["words"]
-    assert words[words.index("--best-checkpoint-metric") + 1] == "bleu"
-    assert "--maximize-best-checkpoint-metric" in words
-
-
-def test_a_student_that_goes_on_has_no_second_warm_up(tmp_path: Path) -> None:
-    vq = {"arch": "vqem_transformer", "max_update": 3}
-    run = checked(run_of(tmp_path, vq=vq, longer={**vq, "from_student": "vq"}))
-    with pytest.raises(UserError, match=r"'longer' goes on .* give it quantise_schedule: 1"):
-        check(run)
-    longer = {**vq, "from_student": "vq", "quantise_schedule": 1}
-    check(checked(run_of(tmp_path, vq=vq, longer=longer)))
-    nothing_to_overwrite = {**vq, "bottleneck": "semhash"}
-    longer = {**nothing_to_overwrite, "from_student": "vq"}
-    check(checked(run_of(tmp_path, vq=nothing_to_overwrite, longer=longer)))
-
-
-def test_a_colon_in_the_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="has a colon"):
-        run_of(tmp_path / "a:b")
 
 
 def test_what_was_made_from_the_same_is_kept(
