@@ -78,6 +78,20 @@ def test_joiners_are_those_of_the_corpus(
     assert words[words.index("--eval-bleu-remove-bpe") + 1] == "subword_nmt"
 
 
+def test_checkpoints_are_chosen_as_the_recipe_says(tmp_path: Path, trained: dict[str, Any]) -> None:
+    run = run_of(tmp_path)
+    run.recipe.students["first"] = {**NAT, "best_checkpoint_metric": "loss"}
+    stages.train_student(run, "first")
+    words = trained["words"]
+    assert words[words.index("--best-checkpoint-metric") + 1] == "loss"
+    assert "--maximize-best-checkpoint-metric" not in words
+    run.recipe.students["first"] = NAT
+    stages.train_student(run, "first")
+    words = trained["words"]
+    assert words[words.index("--best-checkpoint-metric") + 1] == "bleu"
+    assert "--maximize-best-checkpoint-metric" in words
+
+
 def test_a_start_that_has_not_been_trained_is_named(
     tmp_path: Path, trained: dict[str, Any]
 ) -> None:
