@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -181,18 +181,13 @@ def _run_text(args: argparse.Namespace) -> int:
 
 
 def _check_given(request: SubwordRequest) -> None:
-    trained = SubwordRequest(size=DEBIAN_VOCABULARY)
-    asked = (request.kind, request.size, request.character_coverage)
     if request.model is None and request.dictionary is not None:
         raise UserError(
             "--dictionary belongs to a subword model that was trained before: give that one as"
             " --subword-model."
         )
-    if request.model is not None and asked != (
-        trained.kind,
-        trained.size,
-        trained.character_coverage,
-    ):
+    asked = replace(request, model=None, dictionary=None)
+    if request.model is not None and asked != SubwordRequest(size=DEBIAN_VOCABULARY):
         raise UserError(
             "With --subword-model none is trained: leave out --subwords, --vocab-size and"
             " --character-coverage."

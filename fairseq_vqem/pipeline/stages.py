@@ -178,8 +178,10 @@ def train_words(run: Run, data: Path, options: Options) -> tuple[list[str], int]
     for choice_of_targets in TARGETS:
         merged.pop(choice_of_targets, None)
     max_update = int(merged.pop("max_update"))
-    if (given := merged.get(REMOVE_BPE)) and not load_subwords(run.data).joined_by(str(given)):
-        merged[REMOVE_BPE] = load_subwords(run.data).post_process  # another recipe's subwords
+    if given := merged.get(REMOVE_BPE):
+        subwords = load_subwords(run.data)
+        if not subwords.joined_by(str(given)):  # the recipe was written for others
+            merged[REMOVE_BPE] = subwords.post_process
     source, target = languages(run.data)
     words = [str(data), "--user-dir", USER_DIR, "-s", source, "-t", target]
     words += ["--seed", str(run.recipe.seed), "--no-epoch-checkpoints"]

@@ -129,6 +129,7 @@ def test_lines_are_answered_as_they_come(workshop: Workshop, artefact: Path) -> 
     ) as running:
         assert running.stdin and running.stdout
         too_late = threading.Timer(300, running.kill)
+        too_late.daemon = True
         too_late.start()
         for line, translation in zip(lines, expected, strict=True):
             running.stdin.write(f"{line}\n")

@@ -52,26 +52,24 @@ def _translate(arguments: argparse.Namespace) -> None:
     )
     numbered = enumerate(sys.stdin.buffer, start=1)
     while buffer := list(islice(numbered, arguments.buffer_size)):
-        lines = [_text(translator, *line, arguments.skip_bad_lines) for line in buffer]
-        output = "".join(f"{line}\n" for line in translator.translate(lines))
+        sources = [_encoded(translator, *line, arguments.skip_bad_lines) for line in buffer]
+        output = "".join(f"{line}\n" for line in translator.translate_encoded(sources))
         sys.stdout.buffer.write(output.encode("utf-8"))
         sys.stdout.buffer.flush()
 
 
-def _text(translator: StandaloneTranslator, number: int, line: bytes, skip: bool) -> str:
-    """A line that can be translated; a bad one is empty where such are to be skipped."""
+def _encoded(translator: StandaloneTranslator, number: int, line: bytes, skip: bool) -> list[int]:
+    """Source ids of a line; a bad one is as an empty one where such are to be skipped."""
     if number == 1:
         line = line.removeprefix(codecs.BOM_UTF8)  # it is no part of the first word
     try:
         text = line.removesuffix(b"\n").decode("utf-8")
-        translator.encode([text], first_line=number)
+        return translator.encode([text], first_line=number)[0]
     except UnicodeDecodeError:
         problem = f"Line {number} is not UTF-8 text."
     except StandaloneError as error:
         problem = str(error)
-    else:
-        return text
     if not skip:
         raise StandaloneError(problem)
     print(f"standalone: warning: {problem}", file=sys.stderr)
-    return ""
+    return translator.encode([""])[0]

@@ -76,7 +76,10 @@ class StandaloneTranslator:
         Raises:
             StandaloneError: a sentence is longer than the model's positions.
         """
-        sources = self.encode(sentences)
+        return self.translate_encoded(self.encode(sentences))
+
+    def translate_encoded(self, sources: Sequence[Sequence[int]]) -> list[str]:
+        """As `translate`, of what `encode` gives."""
         occupied = [index for index, source in enumerate(sources) if len(source) > 1]
         translations = [""] * len(sources)
         outputs = self.translate_ids([sources[index] for index in occupied])
