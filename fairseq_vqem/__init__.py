@@ -19,6 +19,9 @@ compat.apply()
 from fairseq_vqem import criterions, images, models, peers, schedulers, tasks  # noqa: E402
 from fairseq_vqem.errors import UserError  # noqa: E402
 from fairseq_vqem.generation.api import Translator  # noqa: E402
+from fairseq_vqem.plugins import load_plugins  # noqa: E402
+
+load_plugins()  # last: they build on all of the above
 
 _root.setLevel(_level)
 _root.handlers[:] = _handlers

@@ -41,7 +41,7 @@ from fairseq_vqem.corpora.files import read_lines
 from fairseq_vqem.corpora.prepare import RAW
 from fairseq_vqem.corpora.reading import check_direction, languages, read_split, read_tokens
 from fairseq_vqem.errors import UserError
-from fairseq_vqem.generation.parts import PARALLEL_TASKS, is_autoregressive
+from fairseq_vqem.generation.parts import is_autoregressive, is_parallel
 
 TARGETS = ("references", "teacher")
 
@@ -122,7 +122,7 @@ def translate(
     from fairseq_vqem.generation.api import Translator, task_of
 
     problem = f"--teacher {teacher} is not autoregressive: give the teacher's checkpoint"
-    if task_of(teacher) in PARALLEL_TASKS:  # which would refuse the beam first
+    if is_parallel(task_of(teacher)):  # which would refuse the beam first
         raise UserError(problem)
     translator = Translator.from_checkpoint(teacher, data, device=device, beam=beam, lenpen=lenpen)
     if not all(is_autoregressive(model) for model in translator.models):

@@ -23,8 +23,8 @@ class EngineKind:
     """Whether it has the decoding options of fairseq's task too."""
     tasks: tuple[str, ...] | None = None
     """fairseq's tasks whose models it takes; None: all."""
-    architectures: tuple[str, ...] = ("",)
-    """How the names of their architectures begin."""
+    models: tuple[str, ...] | None = None
+    """Names of their models, of which an architecture is a size; None: all."""
     numbers: tuple[str, ...] = ()
     """Those of its options that are whole numbers above 0."""
     alone: bool = False
@@ -49,7 +49,7 @@ ENGINES: dict[str, EngineKind] = {
         ),
         numbers=("workers",),
         tasks=("translation_vqem", "translation_nat"),
-        architectures=("vqem_transformer", "ctc_nat"),
+        models=("vqem_transformer", "ctc_nat"),
     ),
 }
 """By the name that a recipe gives; `check_engine` and `load_engine` know the rest."""

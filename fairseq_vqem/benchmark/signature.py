@@ -17,6 +17,7 @@ from typing import Any
 
 from fairseq_vqem.corpora.files import read_json, write_json
 from fairseq_vqem.errors import UserError
+from fairseq_vqem.plugins import code_of, plugins
 
 FAIRSEQ_DISTRIBUTIONS = ("fairseq", "ve-fairseq", "fairseq-fixed")
 LEADING_FOLDERS = re.compile(r"(?<![\w.~])(?:/[^/\s:=,'\"]+)+(?=/)")
@@ -48,6 +49,8 @@ class Signature:
     """UTC, ISO 8601, to the second."""
     engines: dict[str, str] = field(default_factory=dict)
     """Package to version of what translated beside torch."""
+    plugins: dict[str, str] = field(default_factory=dict)
+    """Further packages whose models took part, and the checksum of their code."""
 
 
 def make_signature(
@@ -89,6 +92,7 @@ def make_signature(
         sacrebleu=dict(sacrebleu or {}),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         engines=dict(engines or {}),
+        plugins=plugin_checksums(),
     )
 
 
@@ -122,17 +126,24 @@ def git_state(directory: Path) -> tuple[str | None, bool | None]:
 
 @cache
 def code_checksum(package: Path = PACKAGE) -> str:
-    """Changes when this package's code does, whether it is committed or not."""
+    """Changes when the code of a package, or of a module's file, does, committed or not."""
     digest = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        digest.update(f"{path.relative_to(package)}\0".encode())
+    folder = package if package.is_dir() else package.parent
+    for path in sorted(package.rglob("*.py")) if package.is_dir() else [package]:
+        digest.update(f"{path.relative_to(folder)}\0".encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:CHECKSUM_DIGITS]
 
 
+def plugin_checksums() -> dict[str, str]:
+    """`code_checksum` of each of the `plugins` in use."""
+    return {name: code_checksum(code_of(name)) for name in plugins()}
+
+
 def software() -> dict[str, Any]:
     """What results depend on besides models, data and options."""
-    return {"code": code_checksum(), "libraries": library_versions()}
+    code = {"code": code_checksum(), "plugins": plugin_checksums()}
+    return {**code, "libraries": library_versions()}
 
 
 def portable_command(words: Sequence[str]) -> str:

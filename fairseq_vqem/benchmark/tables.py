@@ -259,6 +259,7 @@ def _signature_line(signature: Mapping[str, Any]) -> str:
             for name, version in (
                 *(("torch", signature.get("torch")), ("fairseq", signature.get("fairseq"))),
                 *(signature.get("engines") or {}).items(),
+                *(signature.get("plugins") or {}).items(),
             )
         ),
         *(f"{name} `{text}`" for name, text in (signature.get("sacrebleu") or {}).items()),

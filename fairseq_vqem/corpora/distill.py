@@ -231,10 +231,10 @@ def _check(teaching: Teaching) -> None:
         if not Path(path).is_file():
             raise UserError(f"The teacher {path} does not exist; check the path.")
     from fairseq_vqem.generation.api import task_of
-    from fairseq_vqem.generation.parts import PARALLEL_TASKS
+    from fairseq_vqem.generation.parts import is_parallel
 
     task = task_of(teaching.teacher)
-    if task in PARALLEL_TASKS:
+    if is_parallel(task):
         raise UserError(
             f"The teacher {teaching.teacher} is a parallel model (--task {task}); targets are"
             " distilled from an autoregressive one."

@@ -211,7 +211,7 @@ def _ctc_options(translator: Translator) -> Options:
     from fairseq_vqem.peers.ctc_nat import CTCNAT
 
     model, generator = translator.models[0], translator.generator
-    if not isinstance(model, CTCNAT):
+    if type(model) is not CTCNAT:  # of another's own pass nothing is known here
         raise UserError(
             "Only vqem_transformer and ctc_nat models can be exported; use CTranslate2's fairseq"
             " converter for an autoregressive one."
@@ -237,8 +237,14 @@ def _ctc_options(translator: Translator) -> Options:
 
 def _check_exportable(translator: Translator, generator: Any) -> None:
     from fairseq_vqem.models.config import LARGEST_JOINT_CODEBOOK
+    from fairseq_vqem.models.vqem_transformer import VQEMTransformer
 
     student = translator.models[0]
+    if type(student) is not VQEMTransformer:  # of another's own pass nothing is known here
+        raise UserError(
+            f"{type(student).__name__} is of another package and cannot be exported: only"
+            " vqem_transformer and ctc_nat can"
+        )
     if len(generator.students(translator.models)) > 1:
         raise UserError(
             "An ensemble cannot be exported; give one student (average checkpoints of a run to join"

@@ -27,7 +27,7 @@ from fairseq_vqem.corpora.subwords import SubwordModel, load_subwords
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.export.standalone.translator import batches_by_length
 from fairseq_vqem.generation.latent_generator import GENERATION_OPTIONS_READ, LatentGenerator
-from fairseq_vqem.generation.parts import PARALLEL_TASKS
+from fairseq_vqem.generation.parts import is_parallel
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 GENERATION_OPTIONS = frozenset(field.name for field in fields(GenerationConfig))
@@ -338,7 +338,7 @@ def checked_options(
         UserError: one has a wrong type or is none of the choices, or would not be read.
     """
     _generation_config(generation)
-    _refuse_ignored(task in PARALLEL_TASKS, task == "translation_vqem", generation)
+    _refuse_ignored(is_parallel(task), task == "translation_vqem", generation)
     from fairseq_vqem.tasks.translation_vqem import check_search
 
     defaults = OmegaConf.structured(TASK_DATACLASS_REGISTRY[task])

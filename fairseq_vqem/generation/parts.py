@@ -10,12 +10,13 @@ import torch
 from fairseq.dataclass.configs import GenerationConfig
 from fairseq.models.nat import FairseqNATModel
 from fairseq.models.transformer import TransformerModelBase
+from fairseq.tasks import TASK_REGISTRY
 from torch import Tensor
 
 from fairseq_vqem.errors import UserError
 
 PARALLEL_TASKS = ("translation_vqem", "translation_nat", "translation_lev")
-"""Of models that are not autoregressive."""
+"""Of models that are not autoregressive; see `is_parallel`."""
 
 MOST_TOKENS = 8192
 """Source tokens times candidates decoded in one batch: 1-2 GB of logits."""
@@ -56,6 +57,13 @@ def first_of_runs(tokens: Tensor) -> Tensor:
     first = torch.ones_like(tokens, dtype=torch.bool)
     first[1:] = tokens[1:] != tokens[:-1]
     return first
+
+
+def is_parallel(task: str) -> bool:
+    """Whether ``task`` is one of `PARALLEL_TASKS`, or of another package and built on one."""
+    kind = TASK_REGISTRY.get(task)
+    bases = [TASK_REGISTRY[name] for name in PARALLEL_TASKS]
+    return kind is not None and issubclass(kind, tuple(bases))
 
 
 def is_autoregressive(model: Any) -> bool:

@@ -29,9 +29,11 @@ class PeerModel(FairseqEncoderDecoderModel):
 
     Attributes:
         config: the dataclass of the model's options.
+        attend_source: whether the decoder's layers cross-attend to the encoder.
     """
 
     config: ClassVar[type[PeerConfig]]
+    attend_source: ClassVar[bool] = True
 
     def __init__(self, cfg: Any, encoder: TransformerEncoderBase, decoder: ParallelDecoder) -> None:
         super().__init__(encoder, decoder)
@@ -58,7 +60,7 @@ class PeerModel(FairseqEncoderDecoderModel):
         source_embeddings = embeddings if shared else build_embedding(source, cfg.embed_dim)
         config = transformer_config(cfg, cfg.decoder_layers)
         encoder = TransformerEncoderBase(config, source, source_embeddings)
-        decoder = ParallelDecoder(config, target, embeddings, attend_source=True, causal=False)
+        decoder = ParallelDecoder(config, target, embeddings, cls.attend_source, causal=False)
         return cls(cfg, encoder, decoder)
 
     @property

@@ -58,10 +58,14 @@ class CTCNAT(PeerModel):
     ) -> CTCOutput:
         """One pass, or two where glancing is on; ``target`` is ``[B, L+2]`` with BOS and EOS."""
         encoder_out = self.encoder(src_tokens, src_lengths=src_lengths)
-        inputs, frames = upsample(encoder_out, self.scale)
+        inputs, frames = self.frames(encoder_out)
         words = left_packed(target, self.words_of(target))
         ratio = self.glat_schedule(self.num_updates) if self.training else 0.0
         return glancing_pass(self.decoder, encoder_out, inputs, frames, words, self.blank, ratio)
+
+    def frames(self, encoder_out: EncoderOut) -> tuple[Tensor, Tensor]:
+        """Inputs of the decoder ``[B, T, D]`` and the mask ``[B, T]`` of real ones, which lead."""
+        return upsample(encoder_out, self.scale)
 
     # ------------------------------------------------------------------ fairseq's NAT interface
 
@@ -91,7 +95,7 @@ class CTCNAT(PeerModel):
 
         ``penalty`` is taken from the blank's log-probability.
         """
-        inputs, frames = upsample(encoder_out, self.scale)
+        inputs, frames = self.frames(encoder_out)
         scores = torch.log_softmax(self.decoder(inputs, frames, encoder_out).float(), -1)
         return restrict(scores, self.blank, [self.pad, self.eos], penalty), frames
 

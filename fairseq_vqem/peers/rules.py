@@ -26,7 +26,7 @@ from fairseq_vqem.peers.losses import CTCNATLoss, FertilityNATLoss
 
 @dataclass(frozen=True)
 class Rules:
-    """One model's rules.
+    """One model's rules; a class of another package has its own as the attribute ``rules``.
 
     Attributes:
         name: as ``--arch`` says it.
@@ -75,17 +75,19 @@ RULES: dict[type, Rules] = {
 
 
 def rules_of(model: Any) -> Rules:
-    """The rules of the nearest class that has some.
+    """Its class's own ``rules``, or those of the nearest class that has some.
 
     Raises:
         UserError: ``model`` is not a parallel model, or one without rules.
     """
-    found = next((RULES[kind] for kind in type(model).__mro__ if kind in RULES), None)
+    nearest = next((RULES[kind] for kind in type(model).__mro__ if kind in RULES), None)
+    found = getattr(type(model), "rules", nearest)
     if found is None:
         known = ", ".join(rules.name for rules in RULES.values())
         raise UserError(
-            f"--task translation_nat is for parallel models ({known}): use --task translation for"
-            " an autoregressive one, and translation_vqem for vqem_transformer"
+            f"--task translation_nat is for parallel models ({known}, or a class with rules of its"
+            " own): use --task translation for an autoregressive one, and translation_vqem for"
+            " vqem_transformer"
         )
     return found
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from fairseq.criterions import CRITERION_REGISTRY
+from fairseq.models import ARCH_MODEL_NAME_REGISTRY
 from fairseq.models.transformer import DEFAULT_MAX_TARGET_POSITIONS
+from fairseq.tasks import TASK_DATACLASS_REGISTRY
 
 from fairseq_vqem.benchmark.engine_kinds import check_engine, check_options, engine_kind
 from fairseq_vqem.bottlenecks.base import Bottleneck, find_bottleneck
@@ -23,13 +26,14 @@ def check(run: Run) -> None:
     Raises:
         UserError: a row needs such an engine, or one that cannot decode its model, or has an
             option that the engine does not know or of a wrong value; a model's checkpoints are
-            chosen by a BLEU that its validation does not compute; a bottleneck is not known; a
-            student that goes on from another would begin by a warm-up; distillation cannot be
-            done so.
+            chosen by a BLEU that its validation does not compute; a task, model, loss or bottleneck
+            is not known; a student that goes on from another would begin by a warm-up; distillation
+            cannot be done so.
     """
     _check_teaching(run)
     for model in (TEACHER, *run.recipe.students):
         trained = run.recipe.trained(model)
+        _check_names(model, {"task": VQEM_TASK, **trained} if model != TEACHER else trained)
         validates = trained.get("eval_bleu") or trained.get("eval_latent_bleu")
         if choice(trained)["best_checkpoint_metric"] == BLEU and not validates:
             raise UserError(
@@ -45,7 +49,8 @@ def check(run: Run) -> None:
         check_engine(engine, run.device, str(weights or "float32"))
         kind, trained = engine_kind(engine), run.recipe.trained(system.model)
         known = system.task in (kind.tasks or (system.task,))
-        if not known or not str(trained.get("arch")).startswith(kind.architectures):
+        sizes = ARCH_MODEL_NAME_REGISTRY
+        if not known or (kind.models and sizes.get(trained.get("arch")) not in kind.models):
             raise UserError(
                 f"the engine {engine} of {name!r} cannot decode {system.model!r}: ctranslate2 takes"
                 " autoregressive models, exported takes vqem_transformer and ctc_nat"
@@ -54,6 +59,22 @@ def check(run: Run) -> None:
             check_options(system.options, system.task)
         except UserError as error:
             raise UserError(f"the engine {engine} of {name!r}: {error}") from error
+
+
+def _check_names(model: str, trained: Options) -> None:
+    """Refuse what fairseq would not find when the training begins."""
+    registries = {
+        "task": TASK_DATACLASS_REGISTRY,  # others cannot be set up without a command line
+        "arch": ARCH_MODEL_NAME_REGISTRY,
+        "criterion": CRITERION_REGISTRY,
+    }
+    for option, known in registries.items():
+        name = trained.get(option)
+        if name is not None and name not in known:
+            raise UserError(
+                f"there is no {option} {name}, which {model!r} has: correct the name, or say under"
+                " plugins which package registers it"
+            )
 
 
 def _check_teaching(run: Run) -> None:

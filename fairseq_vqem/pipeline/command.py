@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 
-from fairseq_vqem.benchmark.signature import code_checksum
+from fairseq_vqem.benchmark.signature import software
 from fairseq_vqem.pipeline import stages
 from fairseq_vqem.pipeline.checks import check
 from fairseq_vqem.pipeline.distilling import distill
 from fairseq_vqem.pipeline.recipe import read_recipe
 from fairseq_vqem.pipeline.report import write_report
+from fairseq_vqem.plugins import use_plugins
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -33,10 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def read_run(arguments: argparse.Namespace) -> stages.Run:
     """The recipe, where its results go and on what device."""
-    code_checksum()  # of the code as it is loaded, before hours of training
-    return stages.Run(
-        read_recipe(arguments.recipe, arguments.scale), arguments.out.resolve(), arguments.device
-    )
+    recipe = read_recipe(arguments.recipe, arguments.scale)
+    use_plugins(recipe.plugins)
+    software()  # of the code as it is loaded, before hours of training
+    return stages.Run(recipe, arguments.out.resolve(), arguments.device)
 
 
 def train_all(run: stages.Run) -> None:

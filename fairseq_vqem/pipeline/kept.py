@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fairseq_vqem.benchmark.engine_kinds import engine_versions
-from fairseq_vqem.benchmark.signature import code_checksum, library_versions
+from fairseq_vqem.benchmark.signature import library_versions, software
 from fairseq_vqem.corpora.files import file_sha256, plain, read_json, write_json
 
 STAMP = ".made-from.json"
@@ -28,7 +28,7 @@ def identity(
         "options": plain(options),
         "task": task,
         "device": device,
-        "code": code_checksum(),
+        **software(),
         "libraries": {**library_versions(), **engine_versions([options])},
     }
 

@@ -61,6 +61,8 @@ class Recipe:
             options, laid over the student's own; ``engine`` among them chooses another engine.
         latency: options of ``fairseq-vqem latency``.
         compare: options of ``fairseq-vqem compare``, see `fairseq_vqem.compare.settings`.
+        plugins: modules of other packages whose models, losses and tasks take part, see
+            `fairseq_vqem.plugins`.
         seed: of everything; a student's option ``seed`` overrules it.
     """
 
@@ -76,6 +78,7 @@ class Recipe:
     variants: dict[str, Options] = field(default_factory=dict)
     latency: Options = field(default_factory=dict)
     compare: Options = field(default_factory=dict)
+    plugins: list[str] = field(default_factory=list)
     seed: int = 1
 
     def trained(self, model: str) -> Options:
@@ -125,8 +128,11 @@ def read_recipe(path: Path, scale: str = CPU) -> Recipe:
     if not isinstance(content["name"], str):
         raise UserError(f"{path}: the name {content['name']} is not a text: put it in quotes")
     for key, value in content.items():
-        if key not in ("name", "seed") and not isinstance(value, dict):
+        if key not in ("name", "seed", "plugins") and not isinstance(value, dict):
             raise UserError(f"{path}: {key} is {value}, not options: give some or leave it out")
+    modules = content.get("plugins", [])
+    if not isinstance(modules, list) or not all(isinstance(each, str) for each in modules):
+        raise UserError(f"{path}: plugins is {modules}, not a list of modules: [my_package]")
     for key, forbidden in FORBIDDEN.items():
         for name, options in content.get(key, {}).items():
             if not isinstance(options, dict):

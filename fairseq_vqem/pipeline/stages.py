@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fairseq.criterions import CRITERION_REGISTRY
+from fairseq.models import ARCH_MODEL_REGISTRY
+from fairseq.tasks import TASK_REGISTRY
 from fairseq.tasks.translation import TranslationConfig
 
 from fairseq_vqem.analysis.posterior import reconstruct
 from fairseq_vqem.benchmark.engines import load_engine, translate_all
 from fairseq_vqem.benchmark.scoring import read_generate_output
-from fairseq_vqem.benchmark.signature import device_name
+from fairseq_vqem.benchmark.signature import code_checksum, device_name
 from fairseq_vqem.bottlenecks.base import find_bottleneck
 from fairseq_vqem.corpora.binarise import data_checksum
 from fairseq_vqem.corpora.files import (
@@ -49,7 +52,8 @@ from fairseq_vqem.pipeline.recipe import (
     Recipe,
     flags,
 )
-from fairseq_vqem.pipeline.training import BOTTLENECK, train
+from fairseq_vqem.pipeline.training import BOTTLENECK, PLUGIN, train
+from fairseq_vqem.plugins import code_of, plugin_of
 from fairseq_vqem.tasks.translation_vqem import TranslationVQEMConfig
 
 USER_DIR = str(Path(__file__).parents[1])
@@ -226,8 +230,19 @@ def train_student(run: Run, name: str) -> None:
     bottleneck = str({**run.recipe.common, **options}.get("bottleneck"))
     if ":" in bottleneck:  # of another package, whose code may change
         origin[BOTTLENECK] = file_sha256(Path(inspect.getfile(find_bottleneck(bottleneck))))
+    if used := plugins_of(options):  # whose code may change, too
+        origin[PLUGIN] = " ".join(code_checksum(code_of(plugin)) for plugin in used)
     words, updates = train_words(run, data, options)
     train(run.out / name, words, name, updates, origin)
+
+
+def plugins_of(options: Options) -> list[str]:
+    """The `plugins` that define the task, the model or the loss of a training."""
+    registries = (("task", TASK_REGISTRY), ("criterion", CRITERION_REGISTRY))
+    kinds = [known[options[name]] for name, known in registries if options.get(name) in known]
+    if (arch := options.get("arch")) in ARCH_MODEL_REGISTRY:
+        kinds.append(ARCH_MODEL_REGISTRY[arch])
+    return sorted({name for kind in kinds if (name := plugin_of(kind)) is not None})
 
 
 def _validation_options(decoding: Options) -> Options:

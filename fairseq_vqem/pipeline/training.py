@@ -27,6 +27,7 @@ MEMORY = "memory.json"
 COMMITS = "commits.json"
 LOCK = ".training"
 BOTTLENECK = "bottleneck"
+PLUGIN = "plugin"
 PATHS = {
     "": "data",
     "--user-dir": None,
@@ -119,7 +120,7 @@ def _other_origin(recorded: Mapping[str, str] | None, origin: Mapping[str, str] 
     changed = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
     if not changed:
         return ""
-    named = set(changed) <= {"teacher", "student", BOTTLENECK}
+    named = set(changed) <= {"teacher", "student", BOTTLENECK, PLUGIN}
     return f"with another {' and '.join(changed)}" if named else "on other data"
 
 

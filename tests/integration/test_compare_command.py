@@ -7,6 +7,7 @@ import gzip
 import importlib.util
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -305,6 +306,33 @@ def test_run_makes_again_what_was_made_of_another_model(reported: Path) -> None:
     assert outcome.status == 0, outcome.text
     changed = {path for path, before in kept.items() if path.stat().st_mtime_ns != before}
     assert changed == {texts / "vqem.txt", texts / "posterior" / "vqem.txt", out / "latency.json"}
+
+
+def test_a_model_of_another_package_stands_in_the_report(compared: Path, tmp_path: Path) -> None:
+    """The example, in its training, its decoding and the processes that time it."""
+    for made in ("corpus", "teacher", "distilled"):
+        shutil.copytree(compared / "out" / made, tmp_path / "out" / made)
+    split = {
+        **{"task": "translation_nat", "arch": "split_ctc", "criterion": "ctc_nat_loss"},
+        **{"embed_dim": 32, "ffn_embed_dim": 64, "attention_heads": 2, "encoder_layers": 1},
+        **{"decoder_layers": 1, "share_all_embeddings": True, "max_update": 20},
+        **{"eval_bleu": True, "eval_bleu_remove_bpe": "sentencepiece", "from_teacher": True},
+    }
+    recipe = write_recipe(
+        tmp_path,
+        **{"plugins": ["own_model"], "students": {"split": split}, "variants": {}},
+        compare={"batch_sizes": [4], "throughput_repeats": 1},
+    )
+    outcome = Workshop(tmp_path).run(
+        "fairseq_vqem.cli", "compare", recipe, "--out", tmp_path / "out"
+    )
+    assert outcome.status == 0, outcome.text
+    assert "teacher: finished before" in outcome.output
+    table, signature = read_table(report_of(tmp_path) / "compare.json")
+    assert [row.system for row in table.rows] == [*ROWS[:2], "split"]
+    assert table.rows[-1].latency_median_ms and list(signature["plugins"]) == ["own_model"]
+    origin = json.loads((tmp_path / "out" / "split" / "origin.json").read_text("utf-8"))
+    assert origin["plugin"] == signature["plugins"]["own_model"]
 
 
 @pytest.mark.parametrize("loss", ["dropped", "shuffled"])

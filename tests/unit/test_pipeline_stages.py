@@ -198,7 +198,7 @@ def test_what_was_made_from_the_same_is_kept(
     assert translate() == 1
     monkeypatch.setattr(kept, "library_versions", lambda: {"torch": "0"})
     assert translate() == 1
-    monkeypatch.setattr(kept, "code_checksum", lambda: "0")
+    monkeypatch.setattr(kept, "software", lambda: {"code": "0"})
     assert translate() == 1
     run.translations("first").unlink()
     assert translate() == 1

@@ -56,6 +56,7 @@ def test_a_recipe_lies_over_the_one_it_extends(tmp_path: Path) -> None:
         (BASE + "students: {s: {max_update: 1, generate: fast}}\n", "generate of 's' is fast"),
         (BASE + STUDENT + "no: {}\n", "unknown keys .False"),
         (BASE + "students: {1: {}}\n", "1 among the students is not a text"),
+        (BASE + STUDENT + "plugins: my_package\n", "plugins is my_package, not a list of modules"),
         (BASE + "students: {reference: {}}\n", "'reference' among the students needs another"),
         (BASE + "students: {s: {}}\n", "the max_update of 's' is None"),
         (BASE + "students: {s: {max_update: 1e5}}\n", "the max_update of 's' is 1e5"),
