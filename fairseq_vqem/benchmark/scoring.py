@@ -73,21 +73,30 @@ class PlainCHRF(CHRF):
         return float(super()._compute_f_score(statistics))
 
 
-def bleu_for(language: str = "", references: Sequence[str] | None = None) -> BLEU:
+def bleu_for(
+    language: str = "", references: Sequence[str] | None = None, tokenize: str | None = None
+) -> BLEU:
     """sacreBLEU's BLEU with its tokeniser for ``language``: 13a, but ``zh`` for Chinese, and so on.
 
+    Args:
+        tokenize: another one of its tokenisers.
+
     Raises:
-        UserError: a package that this tokeniser needs is missing.
+        UserError: it has no such tokeniser, or a package that this one needs is missing.
     """
+    if tokenize is not None and tokenize not in BLEU.TOKENIZERS:
+        known = ", ".join(sorted(BLEU.TOKENIZERS))
+        raise UserError(f"sacreBLEU has no tokeniser {tokenize!r}: choose from {known}")
     cached = None if references is None else [references]
     code = re.split("[-_]", language)[0]
     code = THREE_LETTERS.get(code, code)
     try:
-        return BLEU(trg_lang=code, references=cached)
+        return BLEU(trg_lang=code, references=cached, tokenize=tokenize)
     except RuntimeError as error:
-        package = f"sacrebleu[{code}]"
+        name = tokenize or code
         raise UserError(
-            f"BLEU of text in {language!r} needs a package that is missing: pip install '{package}'"
+            f"BLEU with the tokeniser of {name} needs a package that is missing: pip install"
+            f" 'sacrebleu[{name.split('-')[0]}]'"
         ) from error
 
 
@@ -96,23 +105,24 @@ def score(
     references: Sequence[str],
     *,
     language: str = "",
+    tokenize: str | None = None,
     bootstrap: int = BOOTSTRAP_SAMPLES,
     seed: int = SEED,
 ) -> Scores:
     """Score detokenised text with BLEU and chrF.
 
     Args:
-        language: of the text, for BLEU's tokeniser (`bleu_for`).
+        language: of the text, for BLEU's tokeniser (`bleu_for`), unless ``tokenize`` is another.
         bootstrap: resamples for the intervals; 0 leaves them out.
 
     Raises:
-        UserError: nothing to score, the two sides differ in number, BLEU's tokeniser needs a
-            package, or ``bootstrap`` is negative.
+        UserError: nothing to score, the two sides differ in number, there is no such tokeniser or
+            it needs a package, or ``bootstrap`` is negative.
     """
     if bootstrap < 0:
         raise UserError(f"The number of resamples is {bootstrap}: it must not be negative.")
     _check_counts(hypotheses, references)
-    bleu, chrf = bleu_for(language), PlainCHRF()
+    bleu, chrf = bleu_for(language, tokenize=tokenize), PlainCHRF()
     with _sacrebleu_seed(seed):
         bleu_score = bleu.corpus_score(hypotheses, [references], n_bootstrap=max(1, bootstrap))
         chrf_score = chrf.corpus_score(hypotheses, [references], n_bootstrap=max(1, bootstrap))
@@ -132,6 +142,7 @@ def paired_bootstrap(
     references: Sequence[str],
     *,
     language: str = "",
+    tokenize: str | None = None,
     samples: int = BOOTSTRAP_SAMPLES,
     seed: int = SEED,
 ) -> list[PairedScore]:
@@ -152,7 +163,7 @@ def paired_bootstrap(
     for hypotheses in systems.values():
         _check_counts(hypotheses, references)
     metrics = {
-        "BLEU": bleu_for(language, references),
+        "BLEU": bleu_for(language, references, tokenize),
         "chrF": PlainCHRF(references=[references]),
     }
     with _sacrebleu_seed(seed):
@@ -248,6 +259,12 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--baseline", type=Path, help="other hypotheses, for a paired bootstrap")
     parser.add_argument("--target-lang", default="", help="zh, ja and ko have BLEU of their own")
     parser.add_argument(
+        "--tokenize",
+        metavar="NAME",
+        help="""another tokeniser of sacreBLEU's for BLEU: intl, which splits compounds at hyphens,
+        comes near the tokenised BLEU of many papers; none is for text that is tokenised already""",
+    )
+    parser.add_argument(
         "--bootstrap",
         type=int,
         default=BOOTSTRAP_SAMPLES,
@@ -262,7 +279,11 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def _run(arguments: argparse.Namespace) -> int:
     hypotheses = list(read_lines(arguments.hypotheses))
     references = list(read_lines(arguments.references))
-    how = {"language": arguments.target_lang, "seed": arguments.seed}
+    how = {
+        "language": arguments.target_lang,
+        "tokenize": arguments.tokenize,
+        "seed": arguments.seed,
+    }
     scores = score(hypotheses, references, bootstrap=arguments.bootstrap, **how)
     payload = asdict(scores)
     print(f"BLEU {_with_interval(scores.bleu, scores.bleu_ci)}  {scores.signatures['BLEU']}")

@@ -218,6 +218,30 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert printed.startswith(f"BLEU {result['bleu']:.2f} ± ") and "p(BLEU)" in printed
 
 
+def test_command_line_with_another_tokeniser(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of compounds that intl splits at their hyphens, one with a wrong part is half right."""
+    right = ["Die Ost-West-Konflikte und ihre Folgen sind bekannt."]
+    wrong = ["Die Ost-Nord-Konflikte und ihre Folgen sind bekannt."]
+    for name, lines in (("hyp", wrong), ("ref", right)):
+        (tmp_path / name).write_text("\n".join(lines) + "\n")
+    parser = argparse.ArgumentParser()
+    scoring.register(parser.add_subparsers())
+    words = ["score", "--hypotheses", str(tmp_path / "hyp"), "--references", str(tmp_path / "ref")]
+    words += ["--baseline", str(tmp_path / "ref"), "--bootstrap", "50"]
+    for tokenizer in ("intl", "13a"):
+        arguments = parser.parse_args([*words, "--tokenize", tokenizer])
+        assert arguments.run(arguments) == 0
+        expected = sacrebleu.corpus_bleu(wrong, [right], tokenize=tokenizer).score
+        printed = capsys.readouterr().out
+        assert printed.startswith(f"BLEU {expected:.2f} ") and f"tok:{tokenizer}|" in printed
+        assert "baseline (BLEU 100.00" in printed
+    arguments = parser.parse_args([*words, "--tokenize", "moses"])
+    with pytest.raises(UserError, match="no tokeniser 'moses': choose from 13a, "):
+        arguments.run(arguments)
+
+
 def test_command_line_for_chinese(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "text").write_text("\n".join(CHINESE) + "\n", encoding="utf-8")
     parser = argparse.ArgumentParser()
