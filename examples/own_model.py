@@ -13,8 +13,9 @@ students then train, decode and stand in the tables like all others:
     plugins: [own_model]
     students: {Split: {task: translation_nat, arch: split_ctc, criterion: ctc_nat_loss, …}}
 
-A model with fairseq's interface for parallel decoding needs no class of this project. If its loss
-is one of its own, say so with an attribute ``rules`` (fairseq_vqem/peers/rules.py).
+A class that is derived from none of the parallel models of fairseq and of this project, or whose
+loss is another, says what it is trained and decoded with in an attribute ``rules``
+(fairseq_vqem/peers/rules.py). Autoregressive ones (``--task translation``) need nothing.
 """
 
 from argparse import Namespace

@@ -11,6 +11,11 @@ class UserError(Exception):
     """
 
 
+def beginning(text: str, characters: int = 40) -> str:
+    """``text`` for a message, cut after so many ``characters``."""
+    return repr(text if len(text) <= characters else f"{text[:characters]}…")
+
+
 def need_packages(purpose: str, *packages: str) -> None:
     """Raise UserError, naming what to install, unless all optional ``packages`` are there."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import importlib
 import os
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +31,19 @@ def use_plugins(names: Sequence[str]) -> None:
     Raises:
         UserError: one cannot be found; an error within one is its own and stays as it is.
     """
+    load_plugins(names)
     os.environ[VARIABLE] = ",".join(dict.fromkeys([*plugins(), *names]))
-    load_plugins()
 
 
-def load_plugins() -> None:
-    """Import what the environment names; see `use_plugins`."""
-    for name in plugins():
+def load_plugins(names: Sequence[str] | None = None) -> None:
+    """Import ``names``, by default what the environment names; see `use_plugins`."""
+    for name in plugins() if names is None else names:
         try:
-            importlib.import_module(name)
+            if importlib.import_module(name).__file__ is None:
+                raise UserError(
+                    f"the plugin {name} is a folder without __init__.py: put one there that"
+                    " imports what registers its models"
+                )
         except ModuleNotFoundError as error:
             if error.name is None or not f"{name}.".startswith(f"{error.name}."):
                 raise  # something that the plugin needs
@@ -50,14 +53,33 @@ def load_plugins() -> None:
             ) from error
 
 
-def plugin_of(kind: type) -> str | None:
-    """The plugin that defines the class ``kind``."""
-    inside = (name for name in plugins() if f"{kind.__module__}.".startswith(f"{name}."))
-    return next(inside, None)
+def plugins_of(options: Mapping[str, Any]) -> list[str]:
+    """Those that define the task, the model, its architecture or the loss of a training.
+
+    Args:
+        options: of fairseq-train.
+    """
+    # not above: `compat`, which mends fairseq before these are imported, needs `VARIABLE`
+    from fairseq.criterions import CRITERION_REGISTRY
+    from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
+    from fairseq.tasks import TASK_REGISTRY
+
+    registries = (
+        ("task", TASK_REGISTRY),
+        ("arch", ARCH_MODEL_REGISTRY),
+        ("arch", ARCH_CONFIG_REGISTRY),
+        ("criterion", CRITERION_REGISTRY),
+    )
+    found = [known[options[name]] for name, known in registries if options.get(name) in known]
+    packages = {_package(kind.__module__) for kind in found}
+    return sorted(name for name in plugins() if _package(name) in packages)
 
 
 def code_of(plugin: str) -> Path:
-    """The folder of a package that has been imported, or the file of a module."""
-    module: Any = sys.modules[plugin]
-    path = Path(str(module.__file__)).resolve()
+    """The folder of the package that ``plugin`` is or lies in, or the file of a single module."""
+    path = Path(str(importlib.import_module(_package(plugin)).__file__)).resolve()
     return path.parent if path.name == "__init__.py" else path
+
+
+def _package(module: str) -> str:
+    return module.partition(".")[0]

@@ -34,6 +34,7 @@ from fairseq_vqem.benchmark.processes import Processes
 from fairseq_vqem.benchmark.random_models import widen_vocabulary
 from fairseq_vqem.benchmark.signature import Signature, make_signature
 from fairseq_vqem.benchmark.tables import (
+    THREADS,
     ResultRow,
     ResultTable,
     latency_columns,
@@ -50,7 +51,6 @@ from fairseq_vqem.export.standalone.runtime import Graph
 
 GRAPH_TITLES = {"encode": "encoder", GREEDY: "predictor", BEAM: "predictor", "decode": "decoder"}
 THROUGHPUT = "Sentences/s (batch)"
-THREADS = "Threads"
 Rates = dict[tuple[int, int], dict[str, float]]
 """Sentences per second by (batch size, workers) and system."""
 
@@ -162,7 +162,7 @@ class TimedContender(TimedCalls[Contender]):
             self.made.prepare([sentences[i] for i in batch], max(lengths[i] for i in batch))
             for batch in (order[start : start + size] for start in range(0, len(order), size))
         ]
-        calls[-1]()
+        translate_batches(lambda call: call(), calls[-1:] * self.made.workers, self.made.workers)
         start = time.perf_counter()
         translate_batches(lambda call: call(), calls, self.made.workers)
         return len(order) / (time.perf_counter() - start)

@@ -39,6 +39,7 @@ ENGINES: dict[str, EngineKind] = {
         numbers=("beam", "workers"),
         reads_task=False,
         tasks=("translation",),
+        models=("transformer", "transformer_align", "bart"),
         alone=True,
     ),
     "exported": EngineKind(
@@ -53,7 +54,6 @@ ENGINES: dict[str, EngineKind] = {
     ),
 }
 """By the name that a recipe gives; `check_engine` and `load_engine` know the rest."""
-COMPUTE_TYPES = ("float32", "int8", "int16", "bfloat16", "float16", "int8_float32")
 
 
 def engine_kind(name: str) -> EngineKind:
@@ -110,12 +110,13 @@ def unknown_options(options: Mapping[str, Any], task: str) -> list[str]:
     return sorted(set(options) - known)
 
 
-def check_options(options: Mapping[str, Any], task: str) -> None:
+def check_options(options: Mapping[str, Any], task: str, device: str = "cpu") -> None:
     """Refuse options that the engine would not read, or of values that it would refuse.
 
     Args:
-        options: as `load_engine` takes them, of an engine that there is.
+        options: as `load_engine` takes them, of an engine that is installed.
         task: fairseq's, of the model that is decoded.
+        device: where it is to run.
 
     Raises:
         UserError: there is such an option; what depends on the model is noticed later.
@@ -129,16 +130,19 @@ def check_options(options: Mapping[str, Any], task: str) -> None:
     for name in ENGINES[engine].numbers:
         positive(rest, name, 1)
     if "compute_type" in rest:
-        checked_compute_type(rest.pop("compute_type"))
+        checked_compute_type(rest.pop("compute_type"), device)
     rest.pop("weights", None)
     generation, task_options = split_options(rest)
     checked_options(generation, task_options, task)
 
 
-def checked_compute_type(name: Any) -> str:
-    """A type of weights that CTranslate2 has; UserError for any other ``name``."""
-    if name not in COMPUTE_TYPES:
-        raise UserError(f"compute_type is {name!r}: choose from {', '.join(COMPUTE_TYPES)}")
+def checked_compute_type(name: Any, device: str) -> str:
+    """A type of weights that CTranslate2 has on ``device``; UserError for any other ``name``."""
+    import ctranslate2
+
+    known = sorted(ctranslate2.get_supported_compute_types(device.split(":")[0]))
+    if name not in known:
+        raise UserError(f"compute_type is {name!r}: on this {device} there are {', '.join(known)}")
     return str(name)
 
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from fairseq_vqem.benchmark.engine_kinds import check_engine, checked_compute_type, positive
 from fairseq_vqem.corpora.subwords import load_subwords
-from fairseq_vqem.errors import UserError
+from fairseq_vqem.errors import UserError, beginning
 
 
 class Engine(Protocol):
@@ -106,7 +106,7 @@ class CTranslate2Engine:
         from fairseq_vqem.generation.api import load_models
 
         known = dict(options)
-        compute_type = checked_compute_type(known.pop("compute_type", "float32"))
+        compute_type = checked_compute_type(known.pop("compute_type", "float32"), device)
         self.workers = positive(known, "workers", 1)
         self.beam = positive(known, "beam", 5)
         self.length_penalty = float(known.pop("lenpen", 1.0))
@@ -141,11 +141,11 @@ class CTranslate2Engine:
 
     def encode(self, sentences: Sequence[str]) -> Any:
         batch = [self.subwords.encode(sentence).split() for sentence in sentences]
-        for number, subwords in enumerate(batch, 1):
+        for number, (subwords, sentence) in enumerate(zip(batch, sentences, strict=True), 1):
             if len(subwords) + 1 > self.longest:  # CTranslate2 would cut it
                 raise UserError(
                     f"Line {number} has {len(subwords)} subwords; the model reads"
-                    f" {self.longest - 1} at most."
+                    f" {self.longest - 1} at most: split or shorten it, {beginning(sentence)}"
                 )
         return batch
 

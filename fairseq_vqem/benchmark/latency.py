@@ -14,11 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fairseq_vqem.benchmark.engine_kinds import engine_versions
+from fairseq_vqem.benchmark.engine_kinds import check_engine, check_options, engine_versions
 from fairseq_vqem.benchmark.engines import Engine, load_engine
 from fairseq_vqem.benchmark.processes import Processes
 from fairseq_vqem.benchmark.signature import Signature, make_signature
 from fairseq_vqem.benchmark.tables import (
+    THREADS,
     ResultRow,
     ResultTable,
     latency_columns,
@@ -30,6 +31,7 @@ from fairseq_vqem.benchmark.turns import EngineTimings, process_groups, time_eng
 from fairseq_vqem.corpora.files import read_lines
 from fairseq_vqem.corpora.subwords import load_subwords
 from fairseq_vqem.errors import UserError
+from fairseq_vqem.generation.api import checked_device, checked_dtype, task_of
 
 COLUMNS = (
     "system",
@@ -37,6 +39,7 @@ COLUMNS = (
     "latency_p90_ms",
     "latency_mean_ms",
     "latency_iqr_ms",
+    THREADS,
     "speedup",
     "parameters",
 )
@@ -118,6 +121,7 @@ def result_rows(
     seconds: Mapping[str, Seconds],
     baseline: str,
     parameters: Mapping[str, int],
+    threads: Mapping[str, int],
     *,
     seed: int,
 ) -> list[ResultRow]:
@@ -133,6 +137,7 @@ def result_rows(
                 speedup_ci=gain.ci,
                 baseline=baseline,
                 parameters=parameters[name],
+                extra={THREADS: str(threads[name])},
             )
         )
     return rows
@@ -185,10 +190,14 @@ def _report(
     signature: Signature,
 ) -> None:
     seconds = timings.seconds
-    rows = result_rows(seconds, arguments.baseline, timings.parameters, seed=arguments.seed)
+    rows = result_rows(
+        seconds, arguments.baseline, timings.parameters, timings.threads, seed=arguments.seed
+    )
     table = ResultTable(arguments.name, rows, COLUMNS)
     groups = medians_by_length(seconds, lengths)
-    if arguments.output:
+    print(render_table(table, asdict(signature)))
+    print(f"\nMedian milliseconds by source length\n\n{_length_table(groups, list(seconds))}")
+    if arguments.output:  # printed before: writing may fail
         write_table(
             arguments.output,
             table,
@@ -200,8 +209,6 @@ def _report(
             repeats=arguments.repeats,
             burn_in=arguments.burn_in,
         )
-    print(render_table(table, asdict(signature)))
-    print(f"\nMedian milliseconds by source length\n\n{_length_table(groups, list(seconds))}")
 
 
 def _length_table(groups: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
@@ -228,7 +235,9 @@ def _pairs(arguments: Sequence[str], option: str) -> dict[str, str]:
     return pairs
 
 
-def _check_arguments(arguments: argparse.Namespace, systems: Mapping[str, object]) -> None:
+def _check_arguments(
+    arguments: argparse.Namespace, systems: Mapping[str, tuple[str, dict[str, Any]]]
+) -> None:
     if arguments.baseline not in systems:
         raise UserError(
             f"The baseline {arguments.baseline!r} is none of the systems {', '.join(systems)}."
@@ -240,6 +249,15 @@ def _check_arguments(arguments: argparse.Namespace, systems: Mapping[str, object
             "--sentences, --repeats and --threads must be at least 1, --burn-in and --seed at"
             " least 0."
         )
+    checked_device(arguments.device)
+    checked_dtype(arguments.dtype)
+    for name, (checkpoints, options) in systems.items():
+        try:
+            engine = str(options.get("engine", "fairseq"))
+            check_engine(engine, arguments.device, str(options.get("weights", "float32")))
+            check_options(options, task_of(checkpoints), arguments.device)
+        except UserError as error:
+            raise UserError(f"{name!r}: {error}") from error
 
 
 def _loader(paths: str, options: dict[str, Any], arguments: argparse.Namespace) -> partial[Engine]:

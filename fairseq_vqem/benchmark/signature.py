@@ -50,7 +50,7 @@ class Signature:
     engines: dict[str, str] = field(default_factory=dict)
     """Package to version of what translated beside torch."""
     plugins: dict[str, str] = field(default_factory=dict)
-    """Further packages whose models took part, and the checksum of their code."""
+    """The further packages in use, whose models may have taken part, and their code's checksum."""
 
 
 def make_signature(

@@ -24,6 +24,7 @@ from fairseq_vqem.corpora.files import replacing
 from fairseq_vqem.errors import UserError
 
 MISSING = "–"
+THREADS = "Threads"  # a heading: of those that a system may have, see `turns.fewest`
 RESULT_GLOB = "recipes/*/results/*.json"
 MARKDOWN_GLOBS = ("README.md", "recipes/*/README.md")
 OPENING = re.compile(r"^<!-- table:(\S+) -->$", re.MULTILINE)

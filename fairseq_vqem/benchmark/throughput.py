@@ -28,7 +28,7 @@ def time_batches(engine: Engine, sentences: Sequence[str], size: int, device: st
     """Seconds in which ``engine`` translates all ``sentences`` in batches of ``size``.
 
     Sentences of similar length share a batch. Encoding and decoding of text are outside the clock,
-    and so is one batch, the longest, before it starts; on a GPU every batch.
+    and so is one batch for each worker, the longest, before it starts; on a GPU every batch.
     """
     batches = [
         engine.encode([sentences[place] for place in places])
@@ -36,8 +36,8 @@ def time_batches(engine: Engine, sentences: Sequence[str], size: int, device: st
     ]
     synchronise = synchroniser(device)
     # a GPU needs time for every shape that it has not seen
-    for batch in batches[:1] if device == "cpu" else batches:
-        engine.translate(batch)
+    first = batches[:1] * engine.workers if device == "cpu" else batches
+    translate_batches(engine.translate, first, engine.workers)
     synchronise()
     start = time.perf_counter()
     translate_batches(engine.translate, batches, engine.workers)

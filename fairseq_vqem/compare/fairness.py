@@ -37,7 +37,8 @@ def check_no_leak(raw: Path, source: str, allowed: bool = False) -> int:
 
 def overlap_note(count: int) -> str:
     """What a report says of ``count`` test sentences in other data; nothing of none."""
-    return f"{count} test sentences are in the training or validation data." if count else ""
+    where = "are in the training or validation data"
+    return f"{count} different test sentences {where}." if count else ""
 
 
 def _sentences(path: Path) -> list[str]:

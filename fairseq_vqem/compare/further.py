@@ -9,6 +9,7 @@ from fairseq_vqem.benchmark.scoring import SEED
 from fairseq_vqem.benchmark.signature import make_signature
 from fairseq_vqem.benchmark.tables import (
     MISSING,
+    THREADS,
     ResultRow,
     ResultTable,
     mean_and_spread,
@@ -19,7 +20,6 @@ from fairseq_vqem.compare.report import (
     DATA,
     LENGTH,
     MEMORY,
-    THREADS,
     TRAINING,
     Findings,
     students_with_latents,

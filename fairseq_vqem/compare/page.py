@@ -144,7 +144,7 @@ def _usage(axes: Any, counts: Mapping[str, Sequence[int]]) -> None:
         axes.plot(shares, label=f"{name}: {len(uses)} used, perplexity {perplexity:.0f}")
     axes.set_yscale("log")
     axes.set_xlabel("codes, the commonest first")
-    axes.set_ylabel("share of the latents of the test set")
+    axes.set_ylabel("share of the latents of the test set's references")
     axes.legend(fontsize=8)
 
 

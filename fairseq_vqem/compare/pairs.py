@@ -58,7 +58,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("recipe", type=Path, help="the recipe.yaml of the report")
     parser.add_argument("--translations", type=Path, required=True, help="its hypotheses.tsv.gz")
-    parser.add_argument("--target-lang", default="", help="zh, ja and ko have BLEU of their own")
+    parser.add_argument("--target-lang", help="for its BLEU (default: that of the recipe)")
     parser.add_argument("--scale", default="cpu", help="of a recipe with {scale} in its extends")
     parser.add_argument("--output", type=Path, help="also write a result file (JSON)")
     parser.set_defaults(run=_run)
@@ -77,7 +77,9 @@ def _run(arguments: argparse.Namespace) -> int:
             f"{arguments.translations} lacks {missing[0]!r}: give the translations of a report of"
             f" {arguments.recipe}"
         )
-    references, language = texts[REFERENCE], arguments.target_lang
+    known_languages = (recipe.prepare.get(name) for name in ("target_lang", "lang"))
+    language = arguments.target_lang or next(filter(None, known_languages), "")
+    references = texts[REFERENCE]
     rows = pair_rows(pairs, texts, references, language)
     table = ResultTable(f"{recipe.name}-{PAIRS}", rows, ["system", *PAIR_COLUMNS])
     signature = make_signature(

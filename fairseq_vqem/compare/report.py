@@ -19,16 +19,23 @@ from fairseq_vqem.benchmark.scoring import (
     score,
 )
 from fairseq_vqem.benchmark.signature import make_signature
-from fairseq_vqem.benchmark.tables import ResultRow, ResultTable, latency_columns, write_table
+from fairseq_vqem.benchmark.tables import (
+    THREADS,
+    ResultRow,
+    ResultTable,
+    latency_columns,
+    write_table,
+)
 from fairseq_vqem.benchmark.throughput import Throughput, summarise_throughput
 from fairseq_vqem.benchmark.timing import medians_by_length, speedup
 from fairseq_vqem.compare.fairness import check_no_leak
 from fairseq_vqem.compare.settings import Settings
 from fairseq_vqem.corpora.reading import languages
+from fairseq_vqem.generation.parts import built_on
 from fairseq_vqem.pipeline.report import training_summary
 from fairseq_vqem.pipeline.stages import TEACHER, VQEM_TASK, Run, System
 
-DATA, P_VALUE, LENGTH, THREADS, COMET = "Targets", "p", "Length", "Threads", "COMET"
+DATA, P_VALUE, LENGTH, COMET = "Targets", "p", "Length", "COMET"
 THROUGHPUT, TRAINING, MEMORY = "Sentences/s (batch)", "Training (tokens/s)", "Training memory (MiB)"
 
 
@@ -205,7 +212,7 @@ def students_with_latents(systems: Mapping[str, System]) -> list[str]:
         dict.fromkeys(
             system.model
             for system in systems.values()
-            if system.task == VQEM_TASK and system.model != TEACHER
+            if built_on(system.task, VQEM_TASK) and system.model != TEACHER
         )
     )
 

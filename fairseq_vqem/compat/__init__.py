@@ -16,6 +16,7 @@ from fairseq_vqem.compat.checkpoints import (
     allow_in_checkpoints,
     copy_checkpoints_atomically,
     explain_bad_checkpoints,
+    name_unknown_models,
     refuse_missing_restore_file,
     restart_failed_saves,
 )
@@ -66,6 +67,7 @@ __all__ = [
     "make_batches_every_epoch",
     "mend_averages",
     "mend_rerank",
+    "name_unknown_models",
     "original",
     "plan_no_attention",
     "recognise_own_user_dir",
@@ -101,6 +103,7 @@ def apply() -> None:
     score_empty_validation()
     score_validation_in_its_language()
     explain_bad_checkpoints()
+    name_unknown_models()
     refuse_missing_restore_file()
     copy_checkpoints_atomically()
     restart_failed_saves()

@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 import omegaconf
 import torch
-from fairseq import checkpoint_utils, file_io
+from fairseq import checkpoint_utils, file_io, models
 from fairseq.distributed import utils as distributed_utils
 from fairseq.logging import meters
 
 from fairseq_vqem.compat.patching import patch
 from fairseq_vqem.errors import UserError
+from fairseq_vqem.plugins import VARIABLE
 
 logger = logging.getLogger(__name__)
 
@@ -137,6 +138,27 @@ def _find_or_explain(load: Callable[..., Any]) -> Callable[..., Any]:
             raise UserError(f"The checkpoint {missing[1]} does not exist; check --path.") from error
 
     return load_model_ensemble_and_task
+
+
+def name_unknown_models() -> None:
+    """A checkpoint of a model that is not registered ends in a KeyError of fairseq's own message.
+
+    That one formats the whole configuration, braces and all.
+    """
+
+    def build(build_model: Callable[..., Any]) -> Callable[..., Any]:
+        def build_known_model(cfg: Any, *args: Any, **kwargs: Any) -> Any:
+            name = getattr(cfg, "_name", None) or getattr(cfg, "arch", None)
+            if name and not {name} & {*models.ARCH_MODEL_REGISTRY, *models.MODEL_REGISTRY}:
+                raise UserError(
+                    f"There is no model {name!r} here; one of another package needs that in"
+                    f" {VARIABLE}."
+                )
+            return build_model(cfg, *args, **kwargs)
+
+        return build_known_model
+
+    patch(models, "build_model", build)
 
 
 def refuse_missing_restore_file() -> None:

@@ -24,10 +24,11 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
 from fairseq_vqem.corpora.subwords import SubwordModel, load_subwords
-from fairseq_vqem.errors import UserError
+from fairseq_vqem.errors import UserError, beginning
 from fairseq_vqem.export.standalone.translator import batches_by_length
 from fairseq_vqem.generation.latent_generator import GENERATION_OPTIONS_READ, LatentGenerator
-from fairseq_vqem.generation.parts import is_parallel
+from fairseq_vqem.generation.parts import built_on, is_parallel
+from fairseq_vqem.plugins import VARIABLE
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 GENERATION_OPTIONS = frozenset(field.name for field in fields(GenerationConfig))
@@ -124,7 +125,7 @@ class Translator:
         """
         tokens = [self._tokens(sentence) for sentence in sentences]
         occupied = [index for index, sentence in enumerate(tokens) if len(sentence) > 1]
-        self.check_lengths([len(sentence) for sentence in tokens])
+        self.check_lengths([len(sentence) for sentence in tokens], sentences)
         translations = [""] * len(tokens)
         outputs = self.translate_tokens([tokens[index] for index in occupied])
         for index, output in zip(occupied, outputs, strict=True):
@@ -155,7 +156,7 @@ class Translator:
             UserError: a sentence is longer than the model's positions.
         """
         tokens = [self._tokens(sentence) for sentence in sentences]
-        self.check_lengths([len(sentence) for sentence in tokens])
+        self.check_lengths([len(sentence) for sentence in tokens], sentences)
         return self._collate(tokens)
 
     def translate_batch(self, sample: Sample) -> list[Hypothesis]:
@@ -182,17 +183,19 @@ class Translator:
         """Return output ids of shape [length] as text."""
         return self.subwords.decode(self.pieces(tokens))
 
-    def check_lengths(self, lengths: Sequence[int]) -> None:
+    def check_lengths(self, lengths: Sequence[int], sentences: Sequence[str] = ()) -> None:
         """Raise UserError naming the first line that is too long.
 
         Args:
             lengths: source tokens of each line, the end-of-sentence symbol included.
+            sentences: the lines, if they are known: in a batch the number alone says little.
         """
         for number, length in enumerate(lengths, start=1):
             if length > self.max_source_tokens:
+                text = f", {beginning(sentences[number - 1])}" if sentences else ""
                 raise UserError(
-                    f"Line {number} has {length} subwords but the model reads at most "
-                    f"{self.max_source_tokens}; split or shorten it."
+                    f"Line {number} has {length} subwords but the model reads at most"
+                    f" {self.max_source_tokens}; split or shorten it{text}."
                 )
 
     def _tokens(self, sentence: str) -> Tensor:
@@ -300,7 +303,10 @@ def _set_up_task(config: DictConfig, data: Path, overrides: dict[str, Any]) -> F
         raise UserError(f"The data directory {data} does not exist; check the path.")
     name = getattr(config, "_name", None)
     if name not in TASK_DATACLASS_REGISTRY:
-        raise UserError(f"The checkpoint is of the task {name!r}, which is not supported here.")
+        raise UserError(
+            f"The checkpoint is of the task {name!r}, which is not supported here; one of another"
+            f" package needs that in {VARIABLE}."
+        )
     known = TASK_DATACLASS_REGISTRY[name].__dataclass_fields__
     unknown = sorted(set(overrides) - set(known))
     if unknown:
@@ -338,7 +344,7 @@ def checked_options(
         UserError: one has a wrong type or is none of the choices, or would not be read.
     """
     _generation_config(generation)
-    _refuse_ignored(is_parallel(task), task == "translation_vqem", generation)
+    _refuse_ignored(is_parallel(task), built_on(task, "translation_vqem"), generation)
     from fairseq_vqem.tasks.translation_vqem import check_search
 
     defaults = OmegaConf.structured(TASK_DATACLASS_REGISTRY[task])
@@ -346,7 +352,7 @@ def checked_options(
         cfg = OmegaConf.merge(defaults, dict(task_options))
     except OmegaConfBaseException as error:
         raise UserError(f"A task option has a wrong value: {_in_a_line(error)}.") from error
-    if task == "translation_vqem":
+    if built_on(task, "translation_vqem"):
         check_search(cfg, int(generation.get("iter_decode_with_beam", 1)))
 
 

@@ -59,11 +59,14 @@ def first_of_runs(tokens: Tensor) -> Tensor:
     return first
 
 
+def built_on(task: str, base: str) -> bool:
+    """Whether ``task`` is ``base``, or of another package and a class derived from that one."""
+    return issubclass(TASK_REGISTRY.get(task, object), TASK_REGISTRY[base])
+
+
 def is_parallel(task: str) -> bool:
-    """Whether ``task`` is one of `PARALLEL_TASKS`, or of another package and built on one."""
-    kind = TASK_REGISTRY.get(task)
-    bases = [TASK_REGISTRY[name] for name in PARALLEL_TASKS]
-    return kind is not None and issubclass(kind, tuple(bases))
+    """Whether ``task`` is one of `PARALLEL_TASKS`, or built on one."""
+    return any(built_on(task, base) for base in PARALLEL_TASKS)
 
 
 def is_autoregressive(model: Any) -> bool:

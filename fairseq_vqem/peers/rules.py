@@ -75,13 +75,18 @@ RULES: dict[type, Rules] = {
 
 
 def rules_of(model: Any) -> Rules:
-    """Its class's own ``rules``, or those of the nearest class that has some.
+    """Those of its class, see `rules_of_class`."""
+    return rules_of_class(type(model))
+
+
+def rules_of_class(model: type) -> Rules:
+    """The class's own ``rules``, or those of the nearest class that has some.
 
     Raises:
         UserError: ``model`` is not a parallel model, or one without rules.
     """
-    nearest = next((RULES[kind] for kind in type(model).__mro__ if kind in RULES), None)
-    found = getattr(type(model), "rules", nearest)
+    nearest = next((RULES[kind] for kind in model.__mro__ if kind in RULES), None)
+    found = getattr(model, "rules", nearest)
     if found is None:
         known = ", ".join(rules.name for rules in RULES.values())
         raise UserError(
@@ -124,8 +129,13 @@ def _copies_source(model: Any) -> bool:
 
 def check_criterion(model: Any, criterion: Any) -> None:
     """Raise ``UserError`` unless ``criterion`` is the loss of ``model``."""
-    rules = rules_of(model)
-    if not isinstance(criterion, rules.criterion):
+    check_loss(type(model), type(criterion))
+
+
+def check_loss(model: type, criterion: type) -> None:
+    """`check_criterion` of classes."""
+    rules = rules_of_class(model)
+    if not issubclass(criterion, rules.criterion):
         raise UserError(f"{rules.name} needs its own loss: pass --criterion {rules.criterion_name}")
 
 

@@ -14,7 +14,6 @@ from fairseq_vqem.pipeline.checks import check
 from fairseq_vqem.pipeline.distilling import distill
 from fairseq_vqem.pipeline.recipe import read_recipe
 from fairseq_vqem.pipeline.report import write_report
-from fairseq_vqem.plugins import use_plugins
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -35,7 +34,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def read_run(arguments: argparse.Namespace) -> stages.Run:
     """The recipe, where its results go and on what device."""
     recipe = read_recipe(arguments.recipe, arguments.scale)
-    use_plugins(recipe.plugins)
     software()  # of the code as it is loaded, before hours of training
     return stages.Run(recipe, arguments.out.resolve(), arguments.device)
 

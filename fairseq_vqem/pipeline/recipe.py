@@ -11,6 +11,8 @@ from typing import Any
 import yaml
 
 from fairseq_vqem.errors import UserError
+from fairseq_vqem.generation.parts import built_on
+from fairseq_vqem.plugins import use_plugins
 
 Options = dict[str, Any]
 EXTENDS, SCALE = "extends", "{scale}"
@@ -58,7 +60,7 @@ class Recipe:
             an option that it would have from elsewhere.
         decode: fairseq-generate options of the teacher's beam search.
         variants: further ways to decode, by name: a ``student`` (or ``teacher``) and generation
-            options, laid over the student's own; ``engine`` among them chooses another engine.
+            options, laid over its own; ``engine`` among them chooses another engine.
         latency: options of ``fairseq-vqem latency``.
         compare: options of ``fairseq-vqem compare``, see `fairseq_vqem.compare.settings`.
         plugins: modules of other packages whose models, losses and tasks take part, see
@@ -86,7 +88,7 @@ class Recipe:
         if model not in self.students:
             return {**self.common, **self.teacher}
         own = self.students[model]
-        latents = own.get("task", VQEM_TASK) == VQEM_TASK
+        latents = built_on(own.get("task", VQEM_TASK), VQEM_TASK)
         return {**self.common, **(self.latent_student if latents else {}), **own}
 
     def targets(self, model: str) -> str:
@@ -104,7 +106,7 @@ class Recipe:
 
 
 def read_recipe(path: Path, scale: str = CPU) -> Recipe:
-    """Read a recipe; ``UserError`` says which key is missing or unknown.
+    """Read a recipe and import its plugins; ``UserError`` says which key is missing or unknown.
 
     Args:
         scale: what ``{scale}`` in ``extends`` stands for.
@@ -133,6 +135,7 @@ def read_recipe(path: Path, scale: str = CPU) -> Recipe:
     modules = content.get("plugins", [])
     if not isinstance(modules, list) or not all(isinstance(each, str) for each in modules):
         raise UserError(f"{path}: plugins is {modules}, not a list of modules: [my_package]")
+    use_plugins(modules)
     for key, forbidden in FORBIDDEN.items():
         for name, options in content.get(key, {}).items():
             if not isinstance(options, dict):

@@ -13,6 +13,7 @@ from fairseq_vqem.benchmark.engine_kinds import engine_versions
 from fairseq_vqem.benchmark.scoring import paired_bootstrap, score
 from fairseq_vqem.benchmark.signature import make_signature
 from fairseq_vqem.benchmark.tables import (
+    THREADS,
     ResultRow,
     ResultTable,
     read_table,
@@ -22,6 +23,7 @@ from fairseq_vqem.benchmark.tables import (
 from fairseq_vqem.corpora.distill import REPORT
 from fairseq_vqem.corpora.files import read_json, write_columns
 from fairseq_vqem.corpora.reading import languages
+from fairseq_vqem.generation.parts import built_on
 from fairseq_vqem.pipeline.stages import (
     TEACHER_GREEDY,
     VQEM_TASK,
@@ -38,6 +40,7 @@ COLUMNS = (
     "chrf",
     "latency_median_ms",
     "latency_p90_ms",
+    THREADS,
     "speedup",
     "parameters",
     "notes",
@@ -105,7 +108,7 @@ def _row(timing: ResultRow, scores: Any, text: str) -> ResultRow:
 
 def notes(run: Run, system: str, references: list[str]) -> str:
     """The posterior's BLEU of a student with latents; nothing for others."""
-    if system not in run.recipe.students or systems(run)[system].task != VQEM_TASK:
+    if system not in run.recipe.students or not built_on(systems(run)[system].task, VQEM_TASK):
         return ""
     language = languages(run.data)[1]
     posterior = score(reconstruct_test(run, system), references, language=language, bootstrap=0)

@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fairseq.criterions import CRITERION_REGISTRY
-from fairseq.models import ARCH_MODEL_REGISTRY
-from fairseq.tasks import TASK_REGISTRY
 from fairseq.tasks.translation import TranslationConfig
 
 from fairseq_vqem.analysis.posterior import reconstruct
+from fairseq_vqem.benchmark.engine_kinds import engine_kind
 from fairseq_vqem.benchmark.engines import load_engine, translate_all
 from fairseq_vqem.benchmark.scoring import read_generate_output
 from fairseq_vqem.benchmark.signature import code_checksum, device_name
@@ -35,6 +33,7 @@ from fairseq_vqem.corpora.reading import languages
 from fairseq_vqem.corpora.subwords import load_subwords
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.generation.api import checked_device
+from fairseq_vqem.generation.parts import built_on
 from fairseq_vqem.peers.alignments import alignment_prefix
 from fairseq_vqem.pipeline.kept import file_name, forget, identity, is_current, remember
 from fairseq_vqem.pipeline.recipe import (
@@ -53,7 +52,7 @@ from fairseq_vqem.pipeline.recipe import (
     flags,
 )
 from fairseq_vqem.pipeline.training import BOTTLENECK, PLUGIN, train
-from fairseq_vqem.plugins import code_of, plugin_of
+from fairseq_vqem.plugins import code_of, plugins_of
 from fairseq_vqem.tasks.translation_vqem import TranslationVQEMConfig
 
 USER_DIR = str(Path(__file__).parents[1])
@@ -202,8 +201,9 @@ def choice(options: Options) -> Options:
 
 
 def train_teacher(run: Run) -> None:
-    words, updates = train_words(run, run.data, {"task": "translation", **run.recipe.teacher})
-    train(run.teacher.parent, words, "teacher", updates, _origin(run.data))
+    options = {"task": "translation", **run.recipe.teacher}
+    words, updates = train_words(run, run.data, options)
+    train(run.teacher.parent, words, "teacher", updates, _origin(run, run.data, options))
 
 
 def train_student(run: Run, name: str) -> None:
@@ -211,11 +211,11 @@ def train_student(run: Run, name: str) -> None:
     options = dict(run.recipe.students[name])
     decoding = options.pop("generate", {})
     options = {"task": VQEM_TASK, **options}
-    if options["task"] == VQEM_TASK:
+    if built_on(options["task"], VQEM_TASK):
         validation = _validation_options(decoding)
         options = {"criterion": "vqem_loss", **run.recipe.latent_student, **options, **validation}
     data = run.learned(run.recipe.targets(name))
-    origin = _origin(data)
+    origin = _origin(run, data, options)
     if options.pop("from_teacher", False):
         options["init_from"] = str(run.teacher)
         origin["teacher"] = file_sha256(run.teacher)
@@ -230,19 +230,8 @@ def train_student(run: Run, name: str) -> None:
     bottleneck = str({**run.recipe.common, **options}.get("bottleneck"))
     if ":" in bottleneck:  # of another package, whose code may change
         origin[BOTTLENECK] = file_sha256(Path(inspect.getfile(find_bottleneck(bottleneck))))
-    if used := plugins_of(options):  # whose code may change, too
-        origin[PLUGIN] = " ".join(code_checksum(code_of(plugin)) for plugin in used)
     words, updates = train_words(run, data, options)
     train(run.out / name, words, name, updates, origin)
-
-
-def plugins_of(options: Options) -> list[str]:
-    """The `plugins` that define the task, the model or the loss of a training."""
-    registries = (("task", TASK_REGISTRY), ("criterion", CRITERION_REGISTRY))
-    kinds = [known[options[name]] for name, known in registries if options.get(name) in known]
-    if (arch := options.get("arch")) in ARCH_MODEL_REGISTRY:
-        kinds.append(ARCH_MODEL_REGISTRY[arch])
-    return sorted({name for kind in kinds if (name := plugin_of(kind)) is not None})
 
 
 def _validation_options(decoding: Options) -> Options:
@@ -255,8 +244,11 @@ def _validation_options(decoding: Options) -> Options:
     }
 
 
-def _origin(data: Path) -> dict[str, str]:
-    return {"data": data_checksum(data)}
+def _origin(run: Run, data: Path, options: Options) -> dict[str, str]:
+    origin = {"data": data_checksum(data)}
+    if used := plugins_of({**run.recipe.common, **options}):  # whose code may change
+        origin[PLUGIN] = " ".join(code_checksum(code_of(plugin)) for plugin in used)
+    return origin
 
 
 def align(run: Run, data: Path) -> None:
@@ -288,8 +280,11 @@ def systems(run: Run) -> dict[str, System]:
         model = options.pop("student")
         if model != TEACHER and model not in run.recipe.students:
             raise UserError(f"the variant {name!r} decodes {model!r}, which is no student")
-        options = {**run.recipe.students.get(model, {}).get("generate", {}), **options}
-        found[name] = _system(run, model, options)
+        inherited = beam if model == TEACHER else run.recipe.students[model].get("generate", {})
+        if options.get("engine") == "ctranslate2":
+            known = engine_kind("ctranslate2").options
+            inherited = {name: value for name, value in inherited.items() if name in known}
+        found[name] = _system(run, model, {**inherited, **options})
     files: dict[str, str] = {}
     for name in found:
         other = files.setdefault(file_name(name), name)
@@ -299,9 +294,10 @@ def systems(run: Run) -> dict[str, System]:
 
 
 def _system(run: Run, model: str, options: Options) -> System:
-    student = run.recipe.students.get(model, {"task": "translation"})
+    student = run.recipe.students.get(model, {"task": "translation", **run.recipe.teacher})
     task, trained = student.get("task", VQEM_TASK), run.recipe.trained(model)
-    decoding = {VQEM_TASK: LATENT_DECODING, "translation_nat": NAT_DECODING}.get(task, [])
+    by_task = {VQEM_TASK: LATENT_DECODING, "translation_nat": NAT_DECODING}
+    decoding = [name for base, names in by_task.items() if built_on(task, base) for name in names]
     # fairseq-generate forgets what the training was given
     options = {**{name: trained[name] for name in decoding if name in trained}, **options}
     options = {name: value for name, value in options.items() if value is not None}

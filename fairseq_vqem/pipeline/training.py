@@ -27,7 +27,7 @@ MEMORY = "memory.json"
 COMMITS = "commits.json"
 LOCK = ".training"
 BOTTLENECK = "bottleneck"
-PLUGIN = "plugin"
+PLUGIN = "version of its plugin"
 PATHS = {
     "": "data",
     "--user-dir": None,

@@ -25,6 +25,7 @@ from fairseq_vqem.cli import main
 from fairseq_vqem.compare import command
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.pipeline import stages
+from fairseq_vqem.pipeline.training import PLUGIN
 
 TINY = {
     **{"encoder_layers": 1, "decoder_layers": 1, "share_all_embeddings": True},
@@ -332,7 +333,7 @@ def test_a_model_of_another_package_stands_in_the_report(compared: Path, tmp_pat
     assert [row.system for row in table.rows] == [*ROWS[:2], "split"]
     assert table.rows[-1].latency_median_ms and list(signature["plugins"]) == ["own_model"]
     origin = json.loads((tmp_path / "out" / "split" / "origin.json").read_text("utf-8"))
-    assert origin["plugin"] == signature["plugins"]["own_model"]
+    assert origin[PLUGIN] == signature["plugins"]["own_model"]
 
 
 @pytest.mark.parametrize("loss", ["dropped", "shuffled"])

@@ -95,7 +95,7 @@ def test_a_test_sentence_in_the_training_data_is_found(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"^1 sentences of test\.en"):
             check_no_leak(tmp_path, "en")
         assert check_no_leak(tmp_path, "en", allowed=True) == 1
-    assert overlap_note(1).startswith("1 test sentences are in") and not overlap_note(0)
+    assert overlap_note(1).startswith("1 different test sentences are in") and not overlap_note(0)
 
 
 def test_a_lost_sentence_is_found() -> None:
@@ -165,9 +165,9 @@ def test_curves_count_the_updates_of_the_start(
     assert found["teacher"]["BLEU"] == "1.0 2.0" and found["d"]["Updates"] == "1"
 
 
-def pairs_command(tmp_path: Path, names: list[str], compare: dict[str, Any]) -> int:
+def pairs_command(tmp_path: Path, names: list[str], compare: dict[str, Any], **prepare: str) -> int:
     recipe_file = tmp_path / "recipe.yaml"
-    content = {"name": "x", "prepare": {"corpus": "sample"}, "common": {"max_update": 1}}
+    content = {"name": "x", "prepare": {"corpus": "sample", **prepare}, "common": {"max_update": 1}}
     content |= {"teacher": {}, "students": {"student": {}}, "compare": compare}
     recipe_file.write_text(json.dumps(content))
     texts = {name: [f"{name} writes {n} words." for n in range(4)] for name in names}
@@ -177,6 +177,20 @@ def pairs_command(tmp_path: Path, names: list[str], compare: dict[str, Any]) -> 
     words = ["pairs", str(recipe_file), "--translations", str(tmp_path / "texts.tsv.gz")]
     arguments = parser.parse_args(words)
     return int(arguments.run(arguments))
+
+
+def test_pairs_have_the_language_of_the_recipe(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compare = {"pairs": [["student", TEACHER_BEAM]]}
+    names = ["reference", "student", TEACHER_BEAM]
+    for languages, tokenizer in (
+        ({}, "13a"),
+        ({"target_lang": "zh"}, "zh"),
+        ({"lang": "zh"}, "zh"),
+    ):
+        assert pairs_command(tmp_path, names, compare, **languages) == 0
+        assert f"tok:{tokenizer}|" in capsys.readouterr().out
 
 
 def test_pairs_that_cannot_be_tested_again(tmp_path: Path) -> None:
@@ -230,7 +244,7 @@ def test_page_needs_nothing_else(tmp_path: Path) -> None:
     given = (table, others, result, seconds, [3, 3, 9], texts)
     write_page(tmp_path / "page.html", *given, trainings)
     page = (tmp_path / "page.html").read_text("utf-8")
-    assert "2 test sentences are in the training" in page
+    assert "2 different test sentences are in the training" in page
     assert "+0.25" in page and "<h2>Pairs &amp; more</h2>" in page
     assert page.count("<svg") == 4 and "a &lt;b&gt;" in page and "two &amp; three" in page
     assert not re.search(r"(src|href)=\"http|<script|@import|url\(http", page)

@@ -106,6 +106,13 @@ def test_throughput_translates_the_whole_set_at_every_size() -> None:
     assert [len(batch) for batch in engine.batches] == [1, 1, 1, 1, 2, 2, 1, 3, 3]
 
 
+def test_every_worker_is_warm_before_the_clock() -> None:
+    engine = Reverser()
+    engine.workers = 2  # type: ignore[misc]
+    assert time_batches(engine, ["a", "b b", "c c c"], 1) > 0
+    assert sorted(engine.batches) == [["a"], ["b b"], *[["c c c"]] * 3]
+
+
 @pytest.mark.parametrize("workers", [1, 3])
 def test_batches_are_translated_by_so_many_workers_at_a_time(workers: int) -> None:
     together = threading.Barrier(workers, timeout=10)  # opens only when all have arrived
@@ -157,6 +164,15 @@ def test_ctranslate2_translates_as_fairseq_does(trained: tuple[Path, Path], tmp_
     outputs = engine.translate(engine.encode(SOURCES[:2]), min_length=7, max_length=7)
     assert [len(output) for output in outputs] == [7, 7]
     assert translate_in_parts(str(teacher), data, {"engine": "ctranslate2", **BEAM}) == expected
+
+
+def test_ctranslate2_names_the_types_of_this_device(trained: tuple[Path, Path]) -> None:
+    ctranslate2 = pytest.importorskip("ctranslate2")
+    data, teacher = trained
+    here = ctranslate2.get_supported_compute_types("cpu")
+    missing = next(name for name in ("float16", "int4") if name not in here)
+    with pytest.raises(UserError, match=f"compute_type is '{missing}': on this cpu .*float32"):
+        load_engine(str(teacher), data, {"engine": "ctranslate2", "compute_type": missing})
 
 
 def test_ctranslate2_leaves_torch_its_threads(trained: tuple[Path, Path]) -> None:
@@ -285,7 +301,7 @@ def test_ctranslate2_refuses_what_it_would_cut(trained: tuple[Path, Path]) -> No
     data, teacher = trained
     engine = load_engine(str(teacher), data, {"engine": "ctranslate2"})
     assert isinstance(engine, CTranslate2Engine)
-    with pytest.raises(UserError, match=r"Line 2 has \d+ subwords; the model reads"):
+    with pytest.raises(UserError, match=r"Line 2 has \d+ subwords; .* 'the cat the cat .*…'$"):
         engine.encode(["the cat", "the cat " * engine.longest])
 
 

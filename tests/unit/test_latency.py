@@ -156,7 +156,7 @@ def test_speedup_resamples_both_systems_together() -> None:
 
 def test_rows_name_their_baseline() -> None:
     _, seconds = timed(sentences=5, repeats=1)
-    rows = result_rows(seconds, "npd", dict.fromkeys(NAMES, 7), seed=1)
+    rows = result_rows(seconds, "npd", dict.fromkeys(NAMES, 7), dict.fromkeys(NAMES, 2), seed=1)
     assert [row.speedup for row in rows] == pytest.approx([4.0, 2.0, 1.0])
     assert {row.baseline for row in rows} == {"npd"}
     assert rows[1].latency_median_ms == pytest.approx(6.0) and rows[1].parameters == 7
@@ -222,6 +222,19 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         "greedy",
     }
     assert "over beam 4" in capsys.readouterr().out
+    assert all((row.extra or {})["Threads"] in ("1", "2") for row in table.rows)
     arguments.baseline = "other"
     with pytest.raises(UserError, match="baseline 'other' is none of"):
         arguments.run(arguments)
+    for change, message in (
+        ({"device": "cuda:99"}, "CUDA device|no cuda:99"),
+        ({"device": "gpu"}, "Unknown device"),
+        ({"dtype": "float"}, "Unknown dtype"),
+        ({"system_options": ['greedy={"engine": "onnx"}']}, "'greedy': there is no engine 'onnx'"),
+        ({"system_options": ['greedy={"baem": 1}']}, "'greedy': there is no option baem"),
+        ({"system": ["beam 4=nothing.pt"]}, "nothing.pt does not exist"),
+    ):
+        arguments = parser.parse_args(words)
+        vars(arguments).update({"system_options": [], **change})
+        with pytest.raises(UserError, match=message):
+            arguments.run(arguments)

@@ -41,8 +41,12 @@ def checked(run: stages.Run) -> stages.Run:
         ({"student": "vq", "rescore": "teacher"}, "at least --latent-candidates 2"),
         ({"student": "teacher", "iter_decode_max_iter": 4}, "does not read iter_decode_max_iter"),
         ({"beam": 4}, "a parallel model does not read beam"),
-        ({"student": "teacher", "engine": "ctranslate2", "compute_type": "int4"}, "'int4': choose"),
+        (
+            {"student": "teacher", "engine": "ctranslate2", "compute_type": "int4"},
+            "'int4': on this cpu",
+        ),
         ({"student": "teacher", "engine": "ctranslate2", "workers": 0}, "workers is 0"),
+        ({"student": "teacher", "engine": "ctranslate2", "workers": 99}, "'v' has 99 workers and"),
         ({"student": "teacher", "engine": "ctranslate2", "beam": "4"}, "beam is '4'"),
     ],
 )

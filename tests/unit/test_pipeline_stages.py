@@ -113,6 +113,21 @@ def test_a_variant_has_the_options_of_its_student_but_for_its_own(tmp_path: Path
     assert found["nat, all"].options == {"remove_repeats": False, "iter_decode_with_beam": 1}
 
 
+def test_a_variant_of_the_teacher_has_the_options_of_its_search(tmp_path: Path) -> None:
+    run = run_of(tmp_path)
+    variants = {
+        "teacher, beam 8": {"student": "teacher", "beam": 8, "max_len_b": None},
+        "CTranslate2": {"student": "teacher", "engine": "ctranslate2", "max_len_a": 0},
+    }
+    decode = {"lenpen": 0.6, "min_len": 2}
+    recipe = replace(run.recipe, variants=variants, decode=decode)
+    found = stages.systems(replace(run, recipe=recipe))
+    assert found["teacher, beam 8"].options == {"max_len_a": 2, "beam": 8, **decode}
+    assert found["CTranslate2"].options == {
+        **{"engine": "ctranslate2", "beam": 4, "lenpen": 0.6, "max_len_a": 0, "max_len_b": 10}
+    }
+
+
 def test_validation_decodes_as_far_as_it_can_as_the_test_does(
     tmp_path: Path, trained: dict[str, Any]
 ) -> None:
