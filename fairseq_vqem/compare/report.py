@@ -175,19 +175,8 @@ def _row(
 
 
 def training_memory(cost: Mapping[str, Any], device: str) -> float | None:
-    """Most MiB that a training took: on a CPU of its process, on a GPU of the device.
-
-    Of a GPU fairseq logs the last update before each record, in tenths of a GiB: it is the most of
-    these, not of all updates, and no validation is among them.
-    """
-    if device == "cpu":
-        return cost.get("peak_memory_mib")
-    if cost.get("least_free_gib") is None:
-        return None
-    import torch
-
-    total = torch.cuda.get_device_properties(torch.device(device)).total_memory
-    return total / 2**20 - 1024 * float(cost["least_free_gib"])
+    """Most MiB that a training took: on a CPU of its process, on a GPU of the device."""
+    return cost.get("peak_memory_mib" if device == "cpu" else "gpu_memory_mib")
 
 
 def _paired(findings: Findings) -> list[PairedScore]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
@@ -32,7 +33,7 @@ from fairseq_vqem.pipeline.stages import (
     reconstruct_test,
     systems,
 )
-from fairseq_vqem.pipeline.training import FINISHED, LOG, read_log
+from fairseq_vqem.pipeline.training import FINISHED, LOG, parse_line, read_log
 
 COLUMNS = (
     "system",
@@ -46,6 +47,7 @@ COLUMNS = (
     "notes",
 )
 EXAMPLES = 5
+DEVICE_MEMORY = re.compile(r"total memory = ([\d.]+) GB")
 HYPOTHESES = "hypotheses.tsv.gz"
 
 
@@ -130,9 +132,6 @@ def training_summary(folder: Path, items: str = "target_tokens") -> dict[str, An
         if kind == "valid":
             summary["last_validation"] = values
         if kind == "train_inner":
-            if "gb_free" in values:  # of a GPU, at the peak of an update
-                free = float(values["gb_free"])
-                summary["least_free_gib"] = min(free, summary.get("least_free_gib", free))
             intervals[int(float(values["num_updates"]))] = values
     for updates in sorted(intervals):
         rate = float(intervals[updates]["ups"])
@@ -142,8 +141,26 @@ def training_summary(folder: Path, items: str = "target_tokens") -> dict[str, An
     # The first interval includes the start.
     speeds = [float(intervals[updates]["wps"]) for updates in sorted(intervals)[1:]]
     summary[f"{items}_per_second"] = median(speeds) if speeds else None
+    summary["gpu_memory_mib"] = gpu_memory(folder / LOG)
     finished = read_json(folder / FINISHED) if (folder / FINISHED).is_file() else {}
     return {**summary, **{key: finished.get(key) for key in ("peak_memory_mib", "commits")}}
+
+
+def gpu_memory(log: Path) -> float | None:
+    """Most MiB that a training took on its GPU, None of one on a CPU.
+
+    fairseq logs what the device has, once, and what an update left free of it, in tenths of a GiB,
+    with each record: it is the most at these updates, not at all, and no validation is among them.
+    """
+    total, most = 0.0, None
+    with log.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            if found := DEVICE_MEMORY.search(line):
+                total = float(found[1])
+            kind, values = parse_line(line) or ("", {})
+            if kind == "train_inner" and "gb_free" in values:
+                most = max(most or 0.0, 1024 * (total - float(values["gb_free"])))
+    return most
 
 
 def used_validation(checkpoint: Path) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -252,17 +251,21 @@ def test_a_training_names_the_code_that_it_ran_with(
     assert read_json(tmp_path / FINISHED)["commits"] == ["a", "b+", "unknown"]
 
 
-def test_memory_of_a_gpu_is_what_was_never_free(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_of_a_gpu_is_what_was_never_free(tmp_path: Path) -> None:
+    """Of the card that it was trained on, also where that was another one after an interruption."""
     records = [interval(update, 1.0, 1.0, 1.0) for update in (1, 2, 3)]
-    for (_, values), free in zip(records, ("70.5", "48", "61.0"), strict=True):
+    for (_, values), free in zip(records, ("70.5", "48", "91.0"), strict=True):
         values["gb_free"] = free
     write_log(tmp_path, *records)
+    lines = (tmp_path / LOG).read_text().splitlines(keepends=True)
+    first, second, third = (line for line in lines if "gb_free" in line)
+    card = "2026 | INFO | fairseq.utils | rank   0: capabilities =  9.0  ; total memory = "
+    cards = [f"{card}{total} GB ; name = some card\n" for total in ("80.000", "140.000")]
+    (tmp_path / LOG).write_text("".join([cards[0], first, second, cards[1], third]))
     cost = {**training_summary(tmp_path), "peak_memory_mib": 3.0}
-    device = SimpleNamespace(total_memory=80 * 2**30)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
-    assert training_memory(cost, "cuda") == (80 - 48) * 1024
+    assert training_memory(cost, "cuda") == (140 - 91) * 1024
+    (tmp_path / LOG).write_text("".join([cards[0], first, second]))
+    assert training_memory(training_summary(tmp_path), "cuda") == (80 - 48) * 1024
     assert training_memory(cost, "cpu") == 3.0
     assert training_memory({"peak_memory_mib": 3.0}, "cuda") is None
 
