@@ -239,7 +239,9 @@ def _run(arguments: argparse.Namespace) -> int:
             )
         )
         print(f"N={rows} K={codes}: {len(cells[-1].seconds)} timed", flush=True)
-    _report(arguments, cells, limit_gib)
+        # at once: a larger size may be more than the memory, whatever was foreseen
+        report = _report(arguments, cells, limit_gib)
+    print(report)
     return 0
 
 
@@ -265,7 +267,8 @@ def _problems(
     ]
 
 
-def _report(arguments: argparse.Namespace, cells: Sequence[Cell], limit_gib: float) -> None:
+def _report(arguments: argparse.Namespace, cells: Sequence[Cell], limit_gib: float) -> str:
+    """The table of ``cells``, written where the user wants it."""
     rows = [row for cell in cells for row in result_rows(cell, seed=arguments.seed)]
     table = ResultTable(arguments.name, rows, COLUMNS)
     signature = make_signature(seed=arguments.seed, device=arguments.device)
@@ -283,7 +286,7 @@ def _report(arguments: argparse.Namespace, cells: Sequence[Cell], limit_gib: flo
             memory_limit_gib=limit_gib,
             versions=_versions(),
         )
-    print(render_table(table, asdict(signature)))
+    return render_table(table, asdict(signature))
 
 
 def _details(cell: Cell) -> Mapping[str, Any]:

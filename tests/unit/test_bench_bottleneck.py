@@ -62,6 +62,21 @@ def test_result_and_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert all(line in printed for line in shown)
 
 
+def test_sizes_that_were_measured_outlive_one_that_breaks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure_or_break(problems: list[Problem], **_: Any) -> Cell:
+        if problems[0].rows > 32:
+            raise MemoryError
+        return Cell(32, 16, seconds={"hard-em": np.ones((1, 3))})
+
+    monkeypatch.setattr(bench, "measure_cell", measure_or_break)
+    with pytest.raises(MemoryError):
+        run(tmp_path, "--sizes", "32x16", "64x32", "--kinds", "hard-em")
+    result = json.loads((tmp_path / "results/bench.json").read_text(encoding="utf-8"))
+    assert [cell["rows"] for cell in result["cells"]] == [32]
+
+
 @pytest.mark.parametrize("kind", [*BOTTLENECKS, *FLOORS])
 def test_every_kind_steps(kind: str) -> None:
     step = vq_steps.make_step(problem(kind, samples=2 if kind == "soft-em" else None))
