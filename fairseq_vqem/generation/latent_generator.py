@@ -156,26 +156,29 @@ class LatentGenerator(IterativeRefinementGenerator):
             students[0], log_probabilities, codes, encoder_outs[0], self.eos_penalty
         )
         lengths = torch.where(empty, 0, lengths)
+        latent_scores = latent.scores.flatten().tolist()
+        joint = [0.0] * len(latent_scores)
+        if self.rescore == "latent":
+            read = read_score(students[0], log_probabilities, codes, encoder_outs[0], lengths)
+            read = torch.where(empty, 0.0, read)
+            joint = ((read.cpu() + latent.scores.flatten().cpu()) / (lengths.cpu() + 1)).tolist()
         # once, instead of many small operations of a GPU for each hypothesis
         tokens, scores, codes = tokens.cpu(), scores.cpu(), codes.cpu()
-        latent_scores = latent.scores.flatten().tolist()
         return [
-            self.hypothesis(tokens[i, :n], scores[i, :n], latent_scores[i], codes[i])
+            self.hypothesis(tokens[i, :n], scores[i, :n], latent_scores[i], joint[i], codes[i])
             for i, n in enumerate(lengths.tolist())
         ]
 
     def hypothesis(
-        self, tokens: Tensor, scores: Tensor, latent_score: float, codes: Tensor
+        self, tokens: Tensor, scores: Tensor, latent_score: float, joint: float, codes: Tensor
     ) -> dict[str, Any]:
         """The record that fairseq's command line prints; ``tokens`` come without EOS."""
-        # Repeated words count here, removed or not: they were predicted as well.
-        joint = (scores.sum() + latent_score) / (tokens.numel() + 1)
         if self.remove_repeats and tokens.numel():
             first = first_of_runs(tokens)
             tokens, scores = tokens[first], scores[first]
         tokens = torch.cat([tokens, tokens.new_tensor([self.eos])])
         scores = torch.cat([scores, scores.new_zeros(1)])
-        score = joint if self.rescore == "latent" else scores.mean()
+        score = torch.tensor(joint) if self.rescore == "latent" else scores.mean()
         record = {
             "steps": 0,
             "tokens": tokens,
@@ -235,6 +238,29 @@ def read_words(
     scores, tokens = log_probabilities.max(-1)
     positions = codes.ge(0).repeat_interleave(model.multiple, dim=1)
     return tokens, scores, word_lengths(tokens, positions, model.eos)
+
+
+def read_score(
+    model: VQEMTransformer,
+    log_probabilities: Tensor,
+    codes: Tensor,
+    encoder_out: Any,
+    lengths: Tensor,
+) -> Tensor:
+    """Log-probability ``[B]`` of all that `read_words` decided: words, repeats, the end, blanks.
+
+    Args:
+        log_probabilities: as that function leaves them.
+        lengths: words of each row, as it returns them.
+    """
+    scores = log_probabilities.max(-1).values
+    if model.planned_frames is not None:
+        counted = frame_mask(encoder_out, model.planned_frames.scale)
+    else:
+        positions = codes.ge(0).repeat_interleave(model.multiple, dim=1)
+        place = torch.arange(positions.size(1), device=positions.device)
+        counted = positions & (place <= lengths.unsqueeze(1))  # the word after the last is the end
+    return scores.masked_fill(~counted, 0.0).sum(1)
 
 
 def word_lengths(tokens: Tensor, positions: Tensor, eos: int) -> Tensor:

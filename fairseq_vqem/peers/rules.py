@@ -172,6 +172,8 @@ def check_generation(models: Sequence[Any], args: Any) -> None:
             f"--iter-decode-eos-penalty {penalty} is taken from {' or '.join(known)}:"
             f" {rules.name} has neither, so leave it out"
         )
+    if getattr(args, "retain_dropout", False):
+        raise UserError("parallel decoding is without dropout: drop --retain-dropout")
     passes = getattr(args, "iter_decode_max_iter", 0)
     if rules.one_pass:
         refuse_passes(rules.name, passes)

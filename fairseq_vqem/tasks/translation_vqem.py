@@ -285,6 +285,12 @@ class TranslationVQEMTask(LearnsCodebook, TranslationTask):
             return encoders.build_tokenizer(Namespace(tokenizer=name, **json.loads(given)))
         except ValueError as error:
             raise UserError(f"--eval-bleu-detok-args {given} is no JSON: {error}") from error
+        except TypeError as error:
+            raise UserError(f"--eval-bleu-detok-args {given} has no names: {error}") from error
+        except KeyError as error:
+            raise UserError(
+                f"there is no --eval-bleu-detok {name}: choose space or moses"
+            ) from error
         except ImportError as error:
             raise UserError(f"--eval-bleu-detok {name} needs a package: {error}") from error
 

@@ -11,7 +11,17 @@ import pytest
 import torch
 from fairseq.data.data_utils import load_indexed_dataset
 from fairseq_cli import generate
-from workshop import SIZES, SOURCE, TARGET, TEACHER, Outcome, Workshop, short, write_pairs
+from workshop import (
+    SIZES,
+    SOURCE,
+    TARGET,
+    TEACHER,
+    USER_DIR,
+    Outcome,
+    Workshop,
+    short,
+    write_pairs,
+)
 
 from fairseq_vqem import Translator
 from fairseq_vqem.benchmark.scoring import score
@@ -128,6 +138,20 @@ def generated(
         return [hypotheses[number][0] for number in range(MANY)]
 
     return run
+
+
+def test_validate_finds_the_bleu_of_the_training(
+    workshop: Workshop, teacher: Path, trainings: Trainings
+) -> None:
+    checkpoint, _ = trainings("ctc_nat_tiny")
+    words = ["--user-dir", USER_DIR, *TASK, "--cpu", "--batch-size", 16, "--path", checkpoint]
+    words += ["--valid-subset", "valid", "--log-format", "json"]
+    outcome = workshop.run("fairseq_cli.validate", workshop.data, *words)
+    assert outcome.status == 0, outcome.text
+    records = [found for line in outcome.text.splitlines() if (found := parse_line(line))]
+    (values,) = (values for kind, values in records if kind == "valid")
+    best = torch.load(checkpoint, weights_only=False)["extra_state"]["best"]
+    assert float(values["valid_bleu"]) == pytest.approx(best, abs=0.05)
 
 
 @pytest.mark.parametrize("model", MODELS)

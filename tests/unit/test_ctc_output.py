@@ -13,7 +13,7 @@ from model_helpers import assert_user_error, codes, forward, loss_function
 from torch import Tensor
 
 from fairseq_vqem.criterions.ctc import ctc_reconstruction
-from fairseq_vqem.generation.latent_generator import LatentGenerator, read_words
+from fairseq_vqem.generation.latent_generator import LatentGenerator, read_score, read_words
 from fairseq_vqem.generation.records import LatentSearchOptions
 from fairseq_vqem.modules.frames import plan_places
 
@@ -169,6 +169,8 @@ def test_words_are_the_path_collapsed(tiny: Any) -> None:
     tokens, scores, counts = read_words(model, logs, torch.tensor([[1, 2]]), encoder_out)
     assert tokens[0, : int(counts)].tolist() == [7, 7, 8, 9]
     assert scores[0, : int(counts)].tolist() == [-0.5] * 4
+    # blanks and repeats were decided as well
+    assert float(read_score(model, logs, torch.tensor([[1, 2]]), encoder_out, counts)) == -4.0
 
 
 def test_posterior_is_read_off_frames(tiny: Any) -> None:

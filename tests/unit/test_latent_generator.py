@@ -131,17 +131,31 @@ def test_latent_rescoring_prefers_the_joint_score(tiny: Any) -> None:
     options = LatentSearchOptions(beam=6, candidates=6)
     plain = generate(tiny, model, batch, options)
     ranked = generate(tiny, model, batch, options, "latent")
-    moved = 0
-    for before, after in zip(plain, ranked, strict=True):
+    moved = ended = 0
+    for row, (before, after) in enumerate(zip(plain, ranked, strict=True)):
         scores = [float(h["score"]) for h in after]
         assert scores == sorted(scores, reverse=True)
         for h in after:
-            joint = float(h["positional_scores"].sum()) + h["latent_score"]
-            assert float(h["score"]) == pytest.approx(joint / len(h["tokens"]), abs=1e-5)
+            end = score_of_the_end(model, batch, row, h)
+            ended += end < 0
+            joint = float(h["positional_scores"].sum()) + end + h["latent_score"]
+            assert float(h["score"]) == pytest.approx(joint / len(h["tokens"]), abs=1e-4)
         key = [h["codes"].tolist() for h in before]
         assert sorted(key) == sorted(h["codes"].tolist() for h in after)
         moved += key != [h["codes"].tolist() for h in after]
-    assert moved
+    assert moved and ended
+
+
+def score_of_the_end(model: Any, batch: Any, row: int, hypothesis: Any) -> float:
+    """Log-probability of the end that was read, 0 where the words fill all positions."""
+    source = batch["net_input"]["src_tokens"][row : row + 1]
+    source = source[:, source[0].ne(model.pad)]
+    encoder_out = model.encoder(source, src_lengths=torch.tensor([source.size(1)]))
+    logits = model.decode_codes(hypothesis["codes"].unsqueeze(0), encoder_out)[0]
+    words = len(hypothesis["tokens"]) - 1
+    if words == len(logits):
+        return 0.0
+    return float(torch.log_softmax(logits, -1)[words, model.eos])
 
 
 def test_latent_rescoring_counts_the_repeats_that_it_removes(tiny: Any) -> None:

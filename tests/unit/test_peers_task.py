@@ -145,6 +145,7 @@ def test_wrong_task_is_named() -> None:
         (["cmlm_transformer"], {"iter_decode_eos_penalty": 1.0}, "cmlm_transformer has neither"),
         (["fertility_nat"], {"iter_decode_eos_penalty": 1.0}, "fertility_nat has neither"),
         (["cmlm_transformer"], {"iter_decode_max_iter": -1}, "at least 0"),
+        (["ctc_nat"], {"retain_dropout": True}, "drop --retain-dropout"),
     ],
 )
 def test_generation_refuses(kinds: list[str], options: dict[str, Any], message: str) -> None:

@@ -182,6 +182,8 @@ def test_bleu_of_validation_honours_fairseq_s_options(
     [
         ({"eval_bleu_detok_args": "{target_lang: de}"}, "--eval-bleu-detok-args .* is no JSON"),
         ({"eval_bleu_detok": "absent"}, "--eval-bleu-detok absent needs a package: no absent"),
+        ({"eval_bleu_detok": "13a"}, "no --eval-bleu-detok 13a: choose space or moses"),
+        ({"eval_bleu_detok_args": "[1]"}, r"--eval-bleu-detok-args \[1\] has no names"),
     ],
 )
 def test_a_detokeniser_that_is_not_there_is_refused_before_training(
@@ -190,6 +192,7 @@ def test_a_detokeniser_that_is_not_there_is_refused_before_training(
     def build(options: Any) -> None:
         if options.tokenizer == "absent":
             raise ImportError("no absent")
+        raise KeyError(options.tokenizer)  # as fairseq does for a name that it does not know
 
     monkeypatch.setattr(encoders, "build_tokenizer", build)
     config = OmegaConf.structured(tiny.model().cfg)
