@@ -236,7 +236,10 @@ def _measure(problem: Problem, limit_mib: float) -> Memory:
     _forget_peak()
     held = _status("VmRSS")
     step()
-    return Memory(max(0, _status("VmHWM") - held) / 1024)
+    peak = max(0, _status("VmHWM") - held) / 1024
+    if peak > limit_mib:  # in addresses that were reserved before, which no limit catches
+        raise MemoryError
+    return Memory(peak)
 
 
 def _forget_peak() -> None:
