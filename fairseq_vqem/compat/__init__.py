@@ -38,6 +38,7 @@ from fairseq_vqem.compat.messages import (
 from fairseq_vqem.compat.patching import original
 from fairseq_vqem.compat.precision import keep_exact_parameters, unscale_once
 from fairseq_vqem.compat.processes import enable_cpu_data_parallel, enable_torchrun
+from fairseq_vqem.compat.text import merge_large_files, segment_one_kind_of_space
 from fairseq_vqem.compat.updates import (
     average_with_versions,
     discard_rejected_statistics,
@@ -67,6 +68,7 @@ __all__ = [
     "make_batches_every_epoch",
     "mend_averages",
     "mend_rerank",
+    "merge_large_files",
     "name_unknown_models",
     "original",
     "plan_no_attention",
@@ -76,6 +78,7 @@ __all__ = [
     "restart_failed_saves",
     "score_empty_validation",
     "score_validation_in_its_language",
+    "segment_one_kind_of_space",
     "silence_known_warnings",
     "synchronise_generation_timer",
     "unscale_once",
@@ -85,6 +88,8 @@ __all__ = [
 def apply() -> None:
     """Install every work-around; safe to call more than once."""
     allow_fairseq_classes_in_checkpoints()
+    merge_large_files()
+    segment_one_kind_of_space()
     keep_last_batch()
     make_batches_every_epoch()
     keep_bf16_off_tpu()

@@ -26,6 +26,7 @@ from fairseq_vqem.corpora.files import (
 from fairseq_vqem.corpora.subwords import SUBWORD_FILES, SubwordModel
 from fairseq_vqem.errors import UserError
 
+PACKAGE = Path(__file__).parents[1]
 SPLITS = ("train", "valid", "test")
 MANIFEST = "manifest.json"
 LOG = "binarise.log"
@@ -256,14 +257,15 @@ def _remove_earlier(folder: Path) -> None:
     fairseq takes the languages from the first file that it finds.
     """
     (folder / MANIFEST).unlink(missing_ok=True)
-    patterns = ["dict.*.txt", *(f"{split}.*-*.*" for split in SPLITS), *SUBWORD_FILES]
+    binary = [f"{split}.*-*.{suffix}" for split in SPLITS for suffix in ("bin", "idx")]
+    patterns = ["dict.*.txt", *binary, *SUBWORD_FILES]
     for path in [path for pattern in patterns for path in folder.glob(pattern)]:
         path.unlink()
 
 
 def _preprocess_command(job: _Job, encoded: Path, binary: Path) -> list[str]:
     source_lang, target_lang = job.languages
-    command = [sys.executable, "-m", "fairseq_cli.preprocess"]
+    command = [sys.executable, "-m", "fairseq_cli.preprocess", "--user-dir", str(PACKAGE)]
     command += ["--source-lang", source_lang, "--target-lang", target_lang]
     command += ["--destdir", str(binary), "--workers", str(job.workers)]
     for split in job.text_files:

@@ -127,7 +127,7 @@ def distill(
 def _taught(teaching: Teaching, count: int) -> tuple[list[str | None], int]:
     """The teacher's pieces for ``count`` sentences, and how many shards were there already.
 
-    None stands for the pieces of a sentence that is too long for the teacher.
+    None stands for the pieces of a sentence that is empty or too long for the teacher.
     """
     started = time.monotonic()
     pending = [n for n in range(teaching.shards) if not teaching.shard_file(n).is_file()]
@@ -225,6 +225,7 @@ def _check(teaching: Teaching) -> None:
     check_numbers(teaching)
     if teaching.out.resolve() == teaching.data.resolve():
         raise UserError("--out must not be --data, or the original targets would be lost.")
+    languages(teaching.data)  # it is binarised data
     if "train" not in read_json(teaching.data / MANIFEST)["splits"]:
         raise UserError(f"{teaching.data} has no train split; prepare the data with one.")
     for path in teaching.teacher.split(":"):

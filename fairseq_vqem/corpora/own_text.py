@@ -52,4 +52,6 @@ def copy_text(folder: Path, source_lang: str, target_lang: str, raw: Path) -> No
 def _lines(path: Path) -> list[str]:
     lines = list(read_lines(path))
     lines[:1] = [line.removeprefix("\ufeff") for line in lines[:1]]
+    if any("\0" in line for line in lines):
+        raise UserError(f"{path} has zero bytes, as UTF-16 has: save it as UTF-8")
     return [" ".join(line.split()) for line in lines]

@@ -60,10 +60,14 @@ def prepare_from_raw(
         The manifest of the binarised data.
 
     Raises:
-        UserError: as `train_subwords`, `adopt_subwords` and `binarise`.
+        UserError: a split is empty; or as `train_subwords`, `adopt_subwords` and `binarise`.
     """
     raw = out_dir / RAW
-    files = [raw / f"train.{language}" for language in (source_lang, target_lang)]
+    languages = (source_lang, target_lang)
+    for path in (raw / f"{split}.{language}" for split in SPLITS for language in languages):
+        if path.is_file() and not path.stat().st_size:
+            raise UserError(f"{path} is empty: ask for longer sentences or other texts")
+    files = [raw / f"train.{language}" for language in languages]
     subwords = _subwords(out_dir / SUBWORDS, files, request)
     binarised = out_dir / BINARISED
     manifest = binarise(

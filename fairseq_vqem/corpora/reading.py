@@ -22,6 +22,11 @@ def languages(data: Path) -> tuple[str, str]:
         UserError: `data` was not made by ``fairseq-vqem prepare``.
     """
     manifest = read_json(data / MANIFEST)
+    if not {"source_lang", "target_lang", "splits"} <= set(manifest):
+        raise UserError(
+            f"{data} holds no binarised data: give the folder 'binarised' beside it that"
+            " fairseq-vqem prepare made"
+        )
     return manifest["source_lang"], manifest["target_lang"]
 
 

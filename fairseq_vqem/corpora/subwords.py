@@ -223,12 +223,23 @@ def adopt_subwords(path: Path, directory: Path) -> SubwordModel:
         raise UserError(
             f"{path} is neither a SentencePiece model nor BPE codes as subword-nmt writes them."
         )
+    if kind is SentencePieceModel and _has_bytes(content):
+        raise UserError(
+            f"{path} writes unknown characters as bytes (byte_fallback), which neither fairseq's"
+            " --post-process nor anything here puts together again: give one without."
+        )
     directory.mkdir(parents=True, exist_ok=True)
     for name in SUBWORD_FILES:
         (directory / name).unlink(missing_ok=True)
     with replacing(directory / kind.file_name) as temporary:
         temporary.write_bytes(content)
     return kind(directory)
+
+
+def _has_bytes(content: bytes) -> bool:
+    """Whether a SentencePiece model has pieces that stand for a byte."""
+    processor = sentencepiece.SentencePieceProcessor(model_proto=content)
+    return any(processor.is_byte(piece) for piece in range(processor.get_piece_size()))
 
 
 def _kind_of(content: bytes) -> type[SubwordModel] | None:

@@ -62,12 +62,13 @@ def shard_indices(lengths: Sequence[int], shards: int, shard: int) -> list[int]:
 
 
 def translate_shard(teaching: Teaching, translator: Translator, shard: int) -> None:
-    """Write one shard: a line ``[sentence, pieces]`` each, pieces null if it is too long."""
+    """Write one shard: a line ``[sentence, pieces]`` each; pieces are null where the source is too
+    long, or empty, for which a teacher would make something up."""
     source_lang, _ = languages(teaching.data)
     sources = read_tokens(teaching.data, "train", source_lang)
     lengths = [int(size) for size in sources.sizes]  # type: ignore[attr-defined]
     indices = shard_indices(lengths, teaching.shards, shard)
-    fitting = [index for index in indices if lengths[index] <= translator.max_source_tokens]
+    fitting = [index for index in indices if 1 < lengths[index] <= translator.max_source_tokens]
     outputs = translator.translate_tokens([sources[index].long() for index in fitting])
     pieces = {
         index: translator.pieces(output) for index, output in zip(fitting, outputs, strict=True)
@@ -84,15 +85,27 @@ def translate_shards(teaching: Teaching, pending: Sequence[int]) -> Iterator[int
     Raises:
         UserError: the teacher is damaged or does not fit the data, or a process was killed.
     """
+    import torch
+
     workers = min(teaching.workers, len(pending))
-    if workers > 1:
-        yield from _translate_in_processes(teaching, pending, workers)
-    elif pending:
-        _limit_threads(teaching)
-        translator = _load(teaching)
-        for shard in pending:
-            translate_shard(teaching, translator, shard)
-            yield shard
+    try:
+        if workers > 1:
+            yield from _translate_in_processes(teaching, pending, workers)
+        elif pending:
+            yield from _translate_here(teaching, pending)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "The GPU's memory did not suffice; give the command again with fewer --workers, or"
+            " with smaller --max-tokens and another --out."
+        ) from error
+
+
+def _translate_here(teaching: Teaching, pending: Sequence[int]) -> Iterator[int]:
+    _limit_threads(teaching)
+    translator = _load(teaching)
+    for shard in pending:
+        translate_shard(teaching, translator, shard)
+        yield shard
 
 
 def _translate_in_processes(

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from fairseq_vqem.generation.api import Translator
 
 SPLITS = ("train", "valid")
+ALIGNED_BY = "alignments.json"
+"""Beside alignments that a recipe made: whose they are."""
 
 
 @dataclass(frozen=True)
@@ -205,6 +207,7 @@ def write_alignments(out: Path, split: str, task: Any, links: Sequence[Tensor]) 
     prefix = alignment_prefix(out, split, task.cfg.source_lang, task.cfg.target_lang)
     index = Path(f"{prefix}.idx")
     index.unlink(missing_ok=True)
+    (out / ALIGNED_BY).unlink(missing_ok=True)  # by another teacher perhaps
     with replacing(index) as temporary_index, replacing(Path(f"{prefix}.bin")) as binary:
         builder = make_builder(str(binary), impl="mmap")
         for found in links:

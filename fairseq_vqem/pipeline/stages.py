@@ -34,7 +34,7 @@ from fairseq_vqem.corpora.subwords import load_subwords
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.generation.api import checked_device
 from fairseq_vqem.generation.parts import built_on
-from fairseq_vqem.peers.alignments import alignment_prefix
+from fairseq_vqem.peers.alignments import ALIGNED_BY, alignment_prefix
 from fairseq_vqem.pipeline.kept import file_name, forget, identity, is_current, remember
 from fairseq_vqem.pipeline.recipe import (
     CORPUS,
@@ -56,7 +56,6 @@ from fairseq_vqem.plugins import code_of, plugins_of
 from fairseq_vqem.tasks.translation_vqem import TranslationVQEMConfig
 
 USER_DIR = str(Path(__file__).parents[1])
-ALIGNED_BY = "alignments.json"
 TEACHER_GREEDY, TEACHER_BEAM = "teacher, greedy", f"teacher, beam {TEACHER_BEAM_SIZE}"
 BATCH_SIZE = 64
 OF_TRAINING = ("word_dropout", "word_shuffle", "shuffle_distance", "eval_latent_bleu")

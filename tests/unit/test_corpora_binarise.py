@@ -138,11 +138,12 @@ def test_files_of_another_corpus_do_not_stay(
     (out / "dict.fr.txt").write_text("x 1\n", encoding="utf-8")
     (out / "valid.align.en-de.idx").write_bytes(b"of other sentences")
     (out / "text").mkdir()
+    (out / "test.my-own.notes").write_text("of the user")
     shutil.copytree(raw, text)
     write_split(text, "valid", [("Hello there", "Guten Tag")])
     binarise(text, out, "en", "de", subwords)
     wanted = {path.name for path in data.iterdir()}
-    assert {path.name for path in out.iterdir()} == wanted | {"text"}
+    assert {path.name for path in out.iterdir()} == wanted | {"text", "test.my-own.notes"}
     assert load_subwords(out).checksum == subwords.checksum
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from fairseq_vqem.corpora.debian import build as build_module
 from fairseq_vqem.corpora.debian.alignment import align_sentences, split_sentences
+from fairseq_vqem.corpora.debian.apt import PackageStore
 from fairseq_vqem.corpora.debian.build import build_corpus, check_request
 from fairseq_vqem.corpora.debian.descriptions import align_descriptions
 from fairseq_vqem.corpora.debian.filters import rejection_reason
@@ -387,6 +388,23 @@ def test_damaged_package(repository: Path, tmp_path: Path) -> None:
     (repository / "libreoffice-help-de.tar").write_bytes(b"not a tar archive" * 100)
     with pytest.raises(UserError, match="damaged"):
         build_corpus("de", ["lohelp"], tmp_path / "out", tmp_path / "work", RULE)
+
+
+def test_descriptions_of_a_language_with_a_country(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """apt escapes the underscore in names of files."""
+    store = PackageStore(tmp_path, "pt_BR")
+    lists = tmp_path / "lists"
+    lists.mkdir()
+    for name in ("pt%5fBR", "pt", "de"):
+        (lists / f"deb_dists_bookworm_main_i18n_Translation-{name}").write_text(name)
+    monkeypatch.setattr(store, "_updated", True)
+    monkeypatch.setattr("fairseq_vqem.corpora.debian.apt.APT_HELPER", tmp_path / "apt.conf")
+    (tmp_path / "apt.conf").touch()
+    monkeypatch.setattr(store, "_run", lambda command, purpose: Path(command[2]).read_text())
+    assert store.description_index("pt_BR") == "pt%5fBR"
+    assert store.description_index("pt") == "pt"
 
 
 def test_without_apt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 import pytest
+import sentencepiece
 
 from fairseq_vqem.corpora import prepare, sample
 from fairseq_vqem.corpora.archive_table import ARCHIVE_CORPORA
@@ -127,6 +128,7 @@ def test_the_subwords_and_the_dictionary_of_a_teacher_that_exists(
         ("one\ntwo\n", "en fr", "lacks train.fr, valid.fr, test.fr"),
         ("one\ntwo\nthree\n", "en de", "test.en has 60 lines and test.de 3"),
         ("", "en de", "test.en has 60 lines and test.de 0"),
+        ("o\0n\0e\0\n", "en de", "test.de has zero bytes, as UTF-16 has: save it as UTF-8"),
     ],
 )
 def test_own_text_that_does_not_fit(
@@ -143,6 +145,30 @@ def test_own_text_that_does_not_fit(
     with pytest.raises(UserError, match=message):
         run(*words, "--out", str(tmp_path / "out"))
     assert not (tmp_path / "out" / "binarised").exists()
+
+
+def test_an_empty_split_is_no_corpus(
+    small_sample: dict[str, list[Pair]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(small_sample, "valid", [])
+    with pytest.raises(UserError, match=r"valid\.en is empty: ask for longer sentences"):
+        run("sample", "--out", str(tmp_path))
+    assert not (tmp_path / "binarised").exists()
+
+
+def test_subwords_of_bytes_are_refused(small_sample: dict[str, list[Pair]], tmp_path: Path) -> None:
+    write_text(tmp_path / "text", small_sample)
+    model = tmp_path / "bytes"
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text" / "train.en"),
+        model_prefix=str(model),
+        vocab_size=400,
+        byte_fallback=True,
+        minloglevel=2,
+    )
+    words = ("text", "--text", str(tmp_path / "text"), "--out", str(tmp_path / "out"))
+    with pytest.raises(UserError, match="writes unknown characters as bytes"):
+        run(*words, "-s", "en", "-t", "de", "--subword-model", f"{model}.model")
 
 
 def test_rebuild(tmp_path: Path) -> None:

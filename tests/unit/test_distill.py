@@ -10,8 +10,10 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from test_api import MAX_POSITIONS, PAIRS, SPLITS, make_data, make_teacher
 from tiny_student import make_student
 
@@ -20,7 +22,7 @@ from fairseq_vqem.corpora import distill as distill_module
 from fairseq_vqem.corpora import teaching as teaching_module
 from fairseq_vqem.corpora.distill import check_plan, distill, plan_file
 from fairseq_vqem.corpora.files import read_json, read_lines, write_json, write_lines
-from fairseq_vqem.corpora.reading import read_split
+from fairseq_vqem.corpora.reading import read_split, read_tokens
 from fairseq_vqem.corpora.teaching import (
     Teaching,
     default_workers,
@@ -147,6 +149,43 @@ def test_a_killed_worker_is_named_and_the_rest_goes_on(
     assert not (parallel.out / "manifest.json").exists()
     distill(replace(parallel, workers=1))
     assert files(parallel.out) == files(whole.out)
+
+
+def test_a_full_gpu_is_a_sentence(
+    whole: Teaching, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(teaching: Teaching, translator: object, shard: int) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(teaching_module, "translate_shard", full)
+    with pytest.raises(UserError, match="with fewer --workers, or with smaller --max-tokens"):
+        distill(replace(whole, out=tmp_path))
+
+
+def test_nothing_is_made_up_for_an_empty_source(
+    whole: Teaching, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def with_an_empty_line(*words: Any) -> Any:
+        found = read_tokens(*words)
+        return Tokens([found[0][-1:], *(found[index] for index in range(1, len(found)))])
+
+    monkeypatch.setattr(teaching_module, "read_tokens", with_an_empty_line)
+    teaching = replace(whole, out=tmp_path)
+    list(translate_shards(teaching, range(teaching.shards)))
+    records = merged_shards(teaching, len(PAIRS))
+    assert records[0] is None and all(record is not None for record in records[1:])
+
+
+class Tokens(list[Any]):
+    @property
+    def sizes(self) -> list[int]:
+        return [len(each) for each in self]
+
+
+def test_data_before_it_is_binarised_is_refused(whole: Teaching, tmp_path: Path) -> None:
+    write_json(tmp_path / "manifest.json", {"splits": {}})
+    with pytest.raises(UserError, match="holds no binarised data: give the folder 'binarised'"):
+        distill(replace(whole, data=tmp_path, out=tmp_path / "out"))
 
 
 def slow(teaching: Teaching, shard: int) -> int:

@@ -10,7 +10,12 @@ from fairseq import utils
 from fairseq.binarizer import AlignmentDatasetBinarizer, FileBinarizer
 from fairseq.data.data_utils import load_indexed_dataset
 
-from fairseq_vqem.peers.alignments import alignment_prefix, links_from_attention, write_alignments
+from fairseq_vqem.peers.alignments import (
+    ALIGNED_BY,
+    alignment_prefix,
+    links_from_attention,
+    write_alignments,
+)
 
 
 def test_links_of_a_hand_made_attention() -> None:
@@ -54,7 +59,9 @@ def test_files_are_those_of_fairseq_preprocess(tmp_path: Path) -> None:
     )
     links = [utils.parse_alignment(line).view(-1, 2) for line in lines]
     task = SimpleNamespace(cfg=SimpleNamespace(source_lang="en", target_lang="de"))
+    (tmp_path / ALIGNED_BY).touch()  # of a teacher before
     write_alignments(tmp_path, "ours", task, links)
+    assert not (tmp_path / ALIGNED_BY).exists()
     for ending in ("bin", "idx"):
         theirs = (tmp_path / f"theirs.align.en-de.{ending}").read_bytes()
         assert (tmp_path / f"ours.align.en-de.{ending}").read_bytes() == theirs

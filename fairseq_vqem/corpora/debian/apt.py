@@ -10,6 +10,7 @@ import tarfile
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
+from urllib.parse import unquote
 
 from tqdm import tqdm
 
@@ -81,7 +82,7 @@ class PackageStore:
         self._update_index()
         files = []
         for path in sorted((self.folder / "lists").iterdir()):
-            match = TRANSLATION_INDEX.search(path.name)
+            match = TRANSLATION_INDEX.search(unquote(path.name))  # pt%5fBR
             if match and match[1] == lang and not any(s in path.name for s in MINOR_SUITES):
                 files.append(str(path))
         if not files or not APT_HELPER.is_file():
