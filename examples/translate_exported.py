@@ -10,6 +10,7 @@ sys.path.insert(0, f"{sys.argv[1]}/standalone.pyz")
 from standalone import StandaloneTranslator
 
 translator = StandaloneTranslator(sys.argv[1])
-sys.stdin.reconfigure(encoding="utf-8-sig")  # without a byte order mark
+sys.stdin.reconfigure(encoding="utf-8-sig", newline="\n")  # without a byte order mark
+sys.stdout.reconfigure(encoding="utf-8")
 for translation in translator.translate([line.rstrip("\n") for line in sys.stdin]):
     print(translation)

@@ -118,8 +118,7 @@ def _words(result: CodesResult) -> str:
         text += " More than half of the raw number is chance, from few uses per code."
     return (
         f"{text} Permuted only among windows in the same position they would share"
-        f" {placed.chance:.2f}, so {max(0.0, placed.bits - placed.chance):.2f} bits are about words"
-        " rather than position."
+        f" {placed.chance:.2f}, so what is about words rather than position: {_excess(placed)}"
     )
 
 
@@ -165,9 +164,14 @@ def _ending(ending: Ending | None) -> str:
         f" their sentence and {ending.share_before_end:.1%} of those before; {ending.sentences:.1%}"
         " of the sentences finish with it."
     )
-    if ending.share_after_end >= SURE:
-        return f"{text} It is the EOS/PAD latent of Appendix C (--stop-at-pad-latent)."
-    return (
-        f"{text} The commonest code after the end is {ending.commonest_after_end}. There is no"
-        " reliable EOS/PAD latent, so --stop-at-pad-latent would not be safe."
-    )
+    if ending.share_after_end < SURE:
+        return (
+            f"{text} The commonest code after the end is {ending.commonest_after_end}. There is no"
+            " reliable EOS/PAD latent, so --stop-at-pad-latent would not be safe."
+        )
+    if ending.share_before_end > 1 - SURE:
+        return (
+            f"{text} So it marks no end, and --stop-at-pad-latent would cut translations off, or"
+            " leave nothing of them."
+        )
+    return f"{text} It is the EOS/PAD latent of Appendix C (--stop-at-pad-latent)."

@@ -123,6 +123,11 @@ def decode_variants(
         generator = LatentGenerator(task.target_dictionary, [model], search, eos_penalty=penalty)
         for variant, each in codes.items():
             written = decode_words(generator, model, each, encoder_out)
+            # of an empty source nothing is translated
+            sources = sample["net_input"]["src_lengths"].tolist()
+            written = [
+                words if length > 1 else [] for words, length in zip(written, sources, strict=True)
+            ]
             tokens[variant].update(zip(sample["id"].tolist(), written, strict=True))
     assert task is not None
     removes = bool(task.cfg.remove_repeats)
@@ -178,7 +183,8 @@ def variant_codes(
     found = search_latents([model], [encoder_out], src_tokens, src_lengths, search)
     predicted = found.codes[:, 0]
     codes = dict(zip(VARIANTS, (posterior, one_step, forced, predicted), strict=True))
-    tally.add(model, codes, logits, sample["target"].ne(model.pad).sum(1))
+    lengths, stops = sample["target"].ne(model.pad).sum(1), search.stop_code is not None
+    tally.add(model, codes, logits, lengths, stops=stops)
     if model.cfg.latent_length == "end":
         tally.ends.append(ends.cpu())
     return codes
@@ -249,8 +255,14 @@ class _Tally:
         codes: dict[str, Tensor],
         logits: Tensor,
         target_lengths: Tensor,
+        *,
+        stops: bool = False,
     ) -> None:
-        """Count a batch; ``logits`` ``[N·S, V_L]`` as ``one_step_codes`` gives them."""
+        """Count a batch; ``logits`` ``[N·S, V_L]`` as ``one_step_codes`` gives them.
+
+        Args:
+            stops: whether the predictor stops at the code that stands behind the end.
+        """
         posterior, dictionary = codes[POSTERIOR], model.latent_dictionary
         mask = posterior.ge(0)
         places = mask.cumsum(1) - 1
@@ -266,7 +278,7 @@ class _Tally:
             self.among_best.append(best.eq(labels.unsqueeze(1)).any(1).cpu())
         taken = torch.log_softmax(logits, -1).gather(1, labels.unsqueeze(1))
         self.nll -= float(taken.double().sum())
-        written = [mask.sum(1), codes[PREDICTED].ge(0).sum(1)]
+        written = [(covers if stops else mask).sum(1), codes[PREDICTED].ge(0).sum(1)]
         self.numbers.append(torch.stack(written, 1).cpu())
 
     def summary(self) -> LatentQuality:

@@ -16,6 +16,7 @@ from fairseq_vqem.analysis.decoding_variants import (
     LatentQuality,
 )
 from fairseq_vqem.analysis.translation_errors import Errors
+from fairseq_vqem.analysis.words import length_of
 from fairseq_vqem.benchmark.scoring import Scores, bleu_for, paired_bootstrap, score
 
 PARTS = {
@@ -103,7 +104,7 @@ def length_quartiles(sources: Sequence[str]) -> dict[str, list[int]]:
 
     Equal lengths stay together, so that quartiles may differ in size or be missing.
     """
-    lengths = np.array([len(source.split()) for source in sources])
+    lengths = np.array([length_of(source) for source in sources])
     quartiles = np.searchsorted(np.quantile(lengths, QUARTILES), lengths, side="left")
     found = {}
     for quartile in np.unique(quartiles):

@@ -109,6 +109,7 @@ def reading(diagnosis: Diagnosis) -> Iterator[str]:
         f" continuing itself, {quality.free_running:.1%} stand in the same place. A different code"
         " need not be a worse one: BLEU, not accuracy, says what it costs."
     )
+    yield "Codes are searched greedily here, whatever beam the checkpoint is used with."
     if diagnosis.removes_repeats:
         yield "Repeated pieces are removed in every variant, as the checkpoint's options say."
 

@@ -33,6 +33,8 @@ def posterior_batches(
     models, task = load_models(checkpoint, data, {})
     if not isinstance(task, TranslationVQEMTask):
         raise UserError(f"{checkpoint} has no latents: give the checkpoint of a vqem_transformer")
+    if len(models) > 1:
+        raise UserError(f"{checkpoint} names several models: the codes of one are looked at")
     check_direction(checkpoint, task, data)
     model = models[0].eval().to(place)
     task.load_dataset(split)

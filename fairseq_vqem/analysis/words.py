@@ -8,8 +8,13 @@ from dataclasses import dataclass
 
 from fairseq_vqem.corpora.subwords import JOINER, SENTENCEPIECE, WORD_START
 
-WORD = re.compile(r"\w+(?:[-'’._]\w+)*|[^\w\s]")
-"""A word, number, name or path with its inner marks; any other mark stands by itself."""
+UNSPACED = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+"""Kana and Chinese characters, between whose words are no spaces."""
+LETTER = rf"[^\W{UNSPACED}]"
+WORD = re.compile(rf"[{UNSPACED}]|{LETTER}+(?:[-'’._]{LETTER}+)*|[^\w\s]")
+"""A word, number, name or path with its inner marks; any other mark stands by itself, and so does
+every Chinese character and kana."""
+SPACED = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,11 @@ class Word:
 def words_of(text: str) -> list[str]:
     """The words and punctuation marks of detokenised ``text``, in order."""
     return WORD.findall(text)
+
+
+def length_of(text: str) -> int:
+    """What spaces separate in ``text``, and each Chinese character and kana."""
+    return len(SPACED.findall(text))
 
 
 def words_of_pieces(pieces: Sequence[str], kind: str) -> list[Word]:

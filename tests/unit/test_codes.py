@@ -7,6 +7,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ from fairseq_vqem.analysis.code_statistics import (
 from fairseq_vqem.analysis.codes import encode_split
 from fairseq_vqem.analysis.codes_report import render
 from fairseq_vqem.analysis.posterior import posterior_batches
-from fairseq_vqem.analysis.words import Word, words_of, words_of_pieces
+from fairseq_vqem.analysis.words import Word, length_of, words_of, words_of_pieces
 from fairseq_vqem.benchmark.signature import read_result
 from fairseq_vqem.errors import UserError
 
@@ -69,6 +70,8 @@ def test_pieces_become_words() -> None:
     assert spans(words_of_pieces(pieces, "subword-nmt")) == expected
     assert words_of_pieces([], "sentencepiece") == []
     assert words_of("Öffnet (F1).") == ["Öffnet", "(", "F1", ")", "."]
+    assert words_of("打开PDF文件3。") == ["打", "开", "PDF", "文", "件", "3", "。"]
+    assert length_of("打开 PDF文件3。") == 6 and length_of(" Opens (F1). ") == 2
 
 
 # --- statistics ---------------------------------------------------------------------------------
@@ -266,6 +269,9 @@ def test_analysis_of_two_sentences() -> None:
     assert ending.share_after_end == 1 and ending.share_before_end == 0
     assert ending.commonest_after_end == 9 and ending.sentences == 0.5
     assert "It is the EOS/PAD latent" in render(result)
+    collapsed = replace(result, ending=replace(ending, share_before_end=1.0))
+    assert "marks no end" in render(collapsed)
+    assert "It is the EOS/PAD latent" not in render(collapsed)
     assert "explicit symbol" in render(analyse(coded(), "test", 10, seed=0))
 
 

@@ -302,6 +302,11 @@ def test_codes_after_the_end_do_not_count(tiny: Any) -> None:
     assert codes[POSTERIOR].ge(0).sum(1).tolist() == [6, 3]
     assert tally.summary().end_accuracy is None
     assert tally.summary().codes == 1 + 3  # targets of 3 and 10 positions, windows of 4
+    assert tally.numbers[0][:, 0].tolist() == [6, 3]
+    tally = _Tally()  # of a predictor that stops at the end
+    stops = LatentSearchOptions(stop_code=model.pad_code())
+    variant_codes(model, batch, encoded(model, batch), stops, tally)
+    assert tally.numbers[0][:, 0].tolist() == [1, 3]
 
 
 # --- a model ------------------------------------------------------------------------------------
