@@ -150,8 +150,9 @@ def test_what_came_before_a_bad_line_is_written(workshop: Workshop, artefact: Pa
     assert skipped.status == 0 and "standalone: warning: Line 2 has" in skipped.errors
     first, second = StandaloneTranslator(artefact, 1).translate(lines[:2])
     assert skipped.output.split("\n") == [first, "", second, ""]
-    outcome = standalone(program, artefact, "--buffer-size", 0, stdin=text, missing=())
-    assert outcome.status == 1 and "--buffer-size is 0: it must be positive" in outcome.errors
+    for option in ("--buffer-size", "--threads"):
+        outcome = standalone(program, artefact, option, 0, stdin=text, missing=())
+        assert outcome.status == 1 and f"{option} is 0: it must be positive" in outcome.errors
     latin = subprocess.run(
         [sys.executable, str(program), str(artefact), "--buffer-size", "1"],
         input=b"word\n\xe9t\xe9\n",

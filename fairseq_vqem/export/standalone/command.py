@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import codecs
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from itertools import islice
@@ -38,6 +39,8 @@ def main(words: Sequence[str] | None = None) -> int:
         _translate(arguments)
     except BrokenPipeError:  # whoever read the output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     except (StandaloneError, OSError) as error:
         print(f"standalone: error: {error}", file=sys.stderr)
         return 1
@@ -47,6 +50,8 @@ def main(words: Sequence[str] | None = None) -> int:
 def _translate(arguments: argparse.Namespace) -> None:
     if arguments.buffer_size < 1:
         raise StandaloneError(f"--buffer-size is {arguments.buffer_size}: it must be positive")
+    if arguments.threads is not None and arguments.threads < 1:
+        raise StandaloneError(f"--threads is {arguments.threads}: it must be positive")
     translator = StandaloneTranslator(
         arguments.model, arguments.threads, latent_beam=arguments.latent_beam
     )

@@ -130,7 +130,9 @@ class StandaloneTranslator:
         most = self.max_tokens
         if self.options.candidates > 1:  # each of them is decoded
             most = min(most, MOST_CANDIDATE_TOKENS // self.options.candidates)
-        for batch in batches_by_length([len(source) for source in sources], most):
+        least = self.options.positions_per_code  # as many words are decoded of the shortest source
+        lengths = [max(len(source), least) for source in sources]
+        for batch in batches_by_length(lengths, most):
             translated = self._translate_batch([sources[index] for index in batch], codes)
             for index, output in zip(batch, translated, strict=True):
                 outputs[index] = output
