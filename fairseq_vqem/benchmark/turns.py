@@ -17,8 +17,10 @@ from fairseq_vqem.benchmark.throughput import time_batches
 from fairseq_vqem.benchmark.timing import Seconds, measure, stopwatch
 
 T = TypeVar("T")
-PROBES, PROBE_PASSES = 10, 3
+PROBES, MOST_PROBES, PROBE_PASSES = 10, 50, 3
 """Sentences on which the number of threads is chosen, and how often."""
+PROBE_SECONDS = 5.0
+"""What those passes may take with one number of threads; see `TimedCalls.probes`."""
 AS_FAST = 1.1
 """Threads that save less than this factor are not worth having; see `fewest`."""
 LoadEngine = Callable[[int], Engine]
@@ -122,7 +124,7 @@ class TimedCalls(ABC, Generic[T]):
     def __init__(
         self, load: Callable[[int], T], counts: Sequence[int], device: str = "cpu"
     ) -> None:
-        self.device = device
+        self.device, self._probes = device, 0
         found = {count: self._probe(load, count) for count in counts} if len(counts) > 1 else {}
         self.threads = fewest(found) if found else counts[0]
         if not found or self.threads != counts[-1]:  # else it was loaded last
@@ -147,8 +149,9 @@ class TimedCalls(ABC, Generic[T]):
     def _probe(self, load: Callable[[int], T], count: int) -> float:
         self.threads = count
         self._load(load, count)
-        step = max(1, len(self.calls) // PROBES)
-        places = range(0, len(self.calls), step)[:PROBES]
+        self._probes = self._probes or self.probes()  # the same for every number of threads
+        step = max(1, len(self.calls) // self._probes)
+        places = range(0, len(self.calls), step)[: self._probes]
         # in turns like those that count, each after a rest: what is best without one may be slower
         seconds = measure(
             {"": lambda numbers: self.turn([places[number] for number in numbers])},
@@ -157,6 +160,11 @@ class TimedCalls(ABC, Generic[T]):
             burn_in=len(places),
         )[""]
         return float(np.median(np.median(seconds, axis=0)))
+
+    def probes(self) -> int:
+        """How many sentences tell the threads apart: `PROBES`, or of a fast engine more of them."""
+        _, again = self.turn([0, 0])
+        return max(PROBES, min(MOST_PROBES, int(PROBE_SECONDS / (PROBE_PASSES * max(again, 1e-9)))))
 
     def _call(self, place: int) -> None:
         self.outputs[place] = self.calls[place]()

@@ -16,7 +16,13 @@ import torch
 
 from fairseq_vqem.benchmark import turns
 from fairseq_vqem.benchmark.processes import Processes
-from fairseq_vqem.benchmark.turns import TimedCalls, process_groups, thread_counts
+from fairseq_vqem.benchmark.turns import (
+    MOST_PROBES,
+    PROBES,
+    TimedCalls,
+    process_groups,
+    thread_counts,
+)
 from fairseq_vqem.errors import UserError
 
 
@@ -154,5 +160,10 @@ def test_the_faster_number_of_threads_is_kept(best: int, monkeypatch: pytest.Mon
     timed.__init__(lambda count: loaded.append(count) or count, [1, 2])  # type: ignore[misc]
     assert timed.threads == timed.made == best
     assert loaded == ([1, 2, 1] if best == 1 else [1, 2])
+    assert timed.probes() == PROBES  # of seconds
     timed.turn([0, 3])
     assert threads[-1] == best and timed.outputs == {0: best, 3: best}
+
+
+def test_threads_of_fast_engines_are_chosen_on_more_sentences() -> None:
+    assert Sleeper(lambda count: count, [1, 2]).probes() == MOST_PROBES
