@@ -96,15 +96,13 @@ def unknown_options(options: Mapping[str, Any], task: str) -> list[str]:
         options: as `load_engine` takes them, of an engine that there is.
         task: fairseq's, of the model that is decoded.
     """
-    from fairseq.tasks import TASK_DATACLASS_REGISTRY
-
-    from fairseq_vqem.generation.api import GENERATION_OPTIONS
+    from fairseq_vqem.generation.api import GENERATION_OPTIONS, task_options_of
 
     engine = options.get("engine", "fairseq")
     kind = engine_kind(engine)
     known = {"engine", *kind.options}
     if kind.reads_task:
-        known |= set(TASK_DATACLASS_REGISTRY[task].__dataclass_fields__)
+        known |= set(task_options_of(task))
     if engine == "fairseq":
         known |= GENERATION_OPTIONS
     return sorted(set(options) - known)

@@ -223,6 +223,17 @@ def task_of(checkpoint: str | Path) -> str:
     return str(_read_checkpoint(first)["cfg"].task._name)
 
 
+def task_options_of(task: Any) -> Mapping[str, Any]:
+    """The options of a task by name; UserError where there is no such ``task`` here."""
+    if task not in TASK_DATACLASS_REGISTRY:
+        raise UserError(
+            f"The checkpoint is of the task {task!r}, which is not supported here; one of another"
+            f" package needs that in {VARIABLE}."
+        )
+    known: Mapping[str, Any] = TASK_DATACLASS_REGISTRY[task].__dataclass_fields__
+    return known
+
+
 def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Divide mixed options into (generation options, task options)."""
     generation = {key: value for key, value in options.items() if key in GENERATION_OPTIONS}
@@ -301,13 +312,7 @@ def _read_checkpoint(path: str) -> dict[str, Any]:
 def _set_up_task(config: DictConfig, data: Path, overrides: dict[str, Any]) -> FairseqTask:
     if not data.is_dir():
         raise UserError(f"The data directory {data} does not exist; check the path.")
-    name = getattr(config, "_name", None)
-    if name not in TASK_DATACLASS_REGISTRY:
-        raise UserError(
-            f"The checkpoint is of the task {name!r}, which is not supported here; one of another"
-            f" package needs that in {VARIABLE}."
-        )
-    known = TASK_DATACLASS_REGISTRY[name].__dataclass_fields__
+    known = task_options_of(getattr(config, "_name", None))
     unknown = sorted(set(overrides) - set(known))
     if unknown:
         raise UserError(

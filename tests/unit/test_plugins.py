@@ -18,7 +18,7 @@ from peer_helpers import BOS, EOS, SIZES, batch, make_task, sentences
 from test_pipeline_checks import checked
 from test_pipeline_stages import NAT, run_of, trained
 
-from fairseq_vqem.benchmark.engine_kinds import ENGINES
+from fairseq_vqem.benchmark.engine_kinds import ENGINES, check_options
 from fairseq_vqem.benchmark.signature import code_checksum, make_signature, plugin_checksums
 from fairseq_vqem.benchmark.tables import _signature_line
 from fairseq_vqem.errors import UserError
@@ -163,6 +163,8 @@ def test_a_task_built_on_another_has_its_options_of_decoding(tmp_path: Path, fol
 
 
 def test_a_checkpoint_of_an_unknown_model_asks_for_its_package(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"task 'a_task_of_nobody', .* {VARIABLE}"):
+        check_options({}, "a_task_of_nobody")
     name, path = "a_model_of_nobody", tmp_path / "model.pt"
     model = {"_name": name, "arch": name}
     torch.save({"cfg": {"model": model, "task": {}}, "model": {}, "best_loss": 0.0}, path)
