@@ -121,13 +121,12 @@ def decode_variants(
         codes = variant_codes(model, sample, encoder_out, search, tally)
         penalty = task.validation_arguments().iter_decode_eos_penalty
         generator = LatentGenerator(task.target_dictionary, [model], search, eos_penalty=penalty)
+        # of an empty source nothing is translated
+        occupied = sample["net_input"]["src_lengths"].gt(1).tolist()
         for variant, each in codes.items():
             written = decode_words(generator, model, each, encoder_out)
-            # of an empty source nothing is translated
-            sources = sample["net_input"]["src_lengths"].tolist()
-            written = [
-                words if length > 1 else [] for words, length in zip(written, sources, strict=True)
-            ]
+            rows = zip(written, occupied, strict=True)
+            written = [words if is_occupied else [] for words, is_occupied in rows]
             tokens[variant].update(zip(sample["id"].tolist(), written, strict=True))
     assert task is not None
     removes = bool(task.cfg.remove_repeats)

@@ -149,7 +149,8 @@ def name_unknown_models() -> None:
     def build(build_model: Callable[..., Any]) -> Callable[..., Any]:
         def build_known_model(cfg: Any, *args: Any, **kwargs: Any) -> Any:
             name = getattr(cfg, "_name", None) or getattr(cfg, "arch", None)
-            if name and not {name} & {*models.ARCH_MODEL_REGISTRY, *models.MODEL_REGISTRY}:
+            known = models.ARCH_MODEL_REGISTRY, models.MODEL_REGISTRY
+            if name and not any(name in each for each in known):
                 raise UserError(
                     f"There is no model {name!r} here; one of another package needs that in"
                     f" {VARIABLE}."

@@ -1,14 +1,12 @@
 """Translation with the peers: fairseq's NAT models, ``ctc_nat`` and ``fertility_nat``."""
 
-import json
-from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Optional
 
 import torch
 from fairseq import utils
-from fairseq.data import LanguagePairDataset, encoders, indexed_dataset
+from fairseq.data import LanguagePairDataset, indexed_dataset
 from fairseq.tasks import register_task
 from fairseq.tasks.fairseq_task import FairseqTask
 from fairseq.tasks.translation import TranslationTask, load_langpair_dataset
@@ -123,29 +121,19 @@ class TranslationNATTask(TranslationLevenshteinTask):
     # ------------------------------------------------------------------ building
 
     def build_model(self, cfg: Any, from_checkpoint: bool = False) -> Any:
-        if from_checkpoint:  # to decode: perhaps an autoregressive teacher
+        if from_checkpoint and not self.cfg.eval_bleu:  # to decode: perhaps a teacher
             return FairseqTask.build_model(self, cfg, from_checkpoint)
         if self.cfg.eval_bleu:
-            self._check_joiner()
+            given, symbols = self.cfg.eval_bleu_remove_bpe, self.tgt_dict.symbols
+            self.cfg.eval_bleu_remove_bpe = checked_post_process(given, symbols, self.cfg.data)
         model = super().build_model(cfg, from_checkpoint)
+        if from_checkpoint:  # fairseq-validate
+            return model
         check_training(model, self.cfg)
         if self.cfg.init_from:  # a resumed training then loads its own parameters
             initialise_from_teacher(model, self.cfg.init_from)
         self.trained = model
         return model
-
-    def _prepare_bleu(self, model: Any) -> None:
-        """What fairseq's `build_model` does for --eval-bleu, of a model from a checkpoint."""
-        self._check_joiner()
-        detokeniser = json.loads(self.cfg.eval_bleu_detok_args or "{}")
-        detokeniser = Namespace(tokenizer=self.cfg.eval_bleu_detok, **detokeniser)
-        self.tokenizer = encoders.build_tokenizer(detokeniser)
-        options = json.loads(self.cfg.eval_bleu_args or "{}")
-        self.sequence_generator = self.build_generator([model], Namespace(**options))
-
-    def _check_joiner(self) -> None:
-        given, symbols = self.cfg.eval_bleu_remove_bpe, self.tgt_dict.symbols
-        self.cfg.eval_bleu_remove_bpe = checked_post_process(given, symbols, self.cfg.data)
 
     def build_criterion(self, cfg: Any, from_checkpoint: bool = False) -> Any:
         criterion = super().build_criterion(cfg, from_checkpoint)
@@ -191,8 +179,6 @@ class TranslationNATTask(TranslationLevenshteinTask):
         self, sample: dict[str, Any], model: Any, criterion: Any
     ) -> tuple[Tensor, int, dict[str, Any]]:
         loss, sample_size, log = super().valid_step(sample, model, criterion)
-        if self.cfg.eval_bleu and not hasattr(self, "sequence_generator"):  # fairseq-validate
-            self._prepare_bleu(unwrapped(model))
         if self.cfg.eval_bleu:
             with torch.no_grad():
                 bleu = self._inference_with_bleu(self.sequence_generator, sample, unwrapped(model))
