@@ -122,9 +122,18 @@ class ParallelDecoder(TransformerDecoderBase):
         self, inputs: Tensor, mask: Tensor, encoder_out: EncoderOut, **unused: Any
     ) -> Tensor:
         """Word logits ``[B, T, V]`` for ``inputs`` ``[B, T, D]`` under ``mask`` ``[B, T]``."""
+        logits: Tensor = self.output_layer(self.states(inputs, mask, encoder_out))
+        return logits
+
+    def positions(self, mask: Tensor) -> Tensor:
+        """Embeddings ``[B, T, D]`` of the places where ``mask`` ``[B, T]`` is true."""
         pad = self.padding_idx
-        positions = self.embed_positions(torch.where(mask, pad + 1, pad))
-        x = self.dropout_module(inputs + positions).transpose(0, 1)
+        embedded: Tensor = self.embed_positions(torch.where(mask, pad + 1, pad))
+        return embedded
+
+    def states(self, inputs: Tensor, mask: Tensor, encoder_out: EncoderOut) -> Tensor:
+        """What the output projection reads, ``[B, T, D]``; arguments as for `forward`."""
+        x = self.dropout_module(inputs + self.positions(mask)).transpose(0, 1)
         padding = None if bool(mask.all()) else ~mask
         source = encoder_out["encoder_out"][0] if self.attend_source else None
         source_padding = encoder_out["encoder_padding_mask"][0] if self.attend_source else None
@@ -139,4 +148,4 @@ class ParallelDecoder(TransformerDecoderBase):
             )
         if self.layer_norm is not None:
             x = self.layer_norm(x)
-        return self.output_layer(x.transpose(0, 1))
+        return x.transpose(0, 1)

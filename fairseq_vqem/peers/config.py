@@ -13,7 +13,7 @@ from fairseq_vqem.models.defaults import check_sizes, set_defaults
 
 @dataclass
 class PeerConfig(FairseqDataclass):
-    """What both peers share; every Transformer layer normalises before each block."""
+    """What all of them share; every Transformer layer normalises before each block."""
 
     embed_dim: int = option(512, "hidden size D of encoder and decoder")
     ffn_embed_dim: int = option(2048, "inner size of the feed-forward blocks")
@@ -35,6 +35,14 @@ class CTCNATConfig(PeerConfig):
     upsample_scale: int = option(2, "decoder positions (frames) per source token")
     glat_schedule: str = option(
         "0", "glancing: aligned targets shown per wrong frame, by update, such as 0.5:0.3@4000"
+    )
+
+
+@dataclass
+class DAGNATConfig(PeerConfig):
+    upsample_scale: int = option(8, "vertices of the graph per source token")
+    glat_schedule: str = option(
+        "0", "glancing: target words shown per wrong word, by update, such as 0.5:0.1@200k"
     )
 
 

@@ -16,6 +16,7 @@ from fairseq.models import register_model, register_model_architecture
 from fairseq.models.transformer import TransformerEncoderBase
 from torch import Tensor
 
+from fairseq_vqem.export.standalone.frames import SYMBOLS_PER_FRAME, likeliest_sentences
 from fairseq_vqem.modules.ctc import (
     CTCOutput,
     glancing_pass,
@@ -98,6 +99,32 @@ class CTCNAT(PeerModel):
         inputs, frames = self.frames(encoder_out)
         scores = torch.log_softmax(self.decoder(inputs, frames, encoder_out).float(), -1)
         return restrict(scores, self.blank, [self.pad, self.eos], penalty), frames
+
+    @torch.no_grad()
+    def search(
+        self, encoder_out: EncoderOut, width: int, penalty: float
+    ) -> tuple[list[list[list[int]]], list[list[float]]]:
+        """Prefix beam search: ``width`` sentences for each source, the likeliest first.
+
+        A sentence has the probability of all of its paths together.
+
+        Args:
+            penalty: taken from the blank's log-probability.
+
+        Returns:
+            The sentences' words and their log-probabilities.
+        """
+        log_probabilities, frames = self.read(encoder_out, penalty)
+        blanks = log_probabilities[..., self.blank].clone()
+        log_probabilities[..., self.blank] = float("-inf")
+        count = min(SYMBOLS_PER_FRAME, log_probabilities.size(2))
+        scores, symbols = log_probabilities.topk(count, -1)
+        arrays = [each.cpu().numpy() for each in (blanks, symbols, scores)]
+        found = [
+            likeliest_sentences(blank[:count], words[:count], each[:count], width)
+            for blank, words, each, count in zip(*arrays, frames.sum(1).tolist(), strict=True)
+        ]
+        return [sentences for sentences, _ in found], [totals for _, totals in found]
 
 
 @register_model_architecture("ctc_nat", "ctc_nat_small")

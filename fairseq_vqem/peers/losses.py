@@ -1,4 +1,4 @@
-"""``ctc_nat_loss`` and ``fertility_nat_loss``."""
+"""``ctc_nat_loss``, ``dag_nat_loss`` and ``fertility_nat_loss``."""
 
 import math
 from dataclasses import dataclass
@@ -16,7 +16,9 @@ from fairseq_vqem.criterions.vqem_loss import checked_smoothing, smoothed_cross_
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.models.config import option
 from fairseq_vqem.modules.ctc import CTCOutput
+from fairseq_vqem.modules.dag import GraphOutput, fits, log_likelihood, word_scores
 from fairseq_vqem.peers.ctc_nat import CTCNAT
+from fairseq_vqem.peers.dag_nat import DAGNAT
 from fairseq_vqem.peers.fertility_nat import FertilityNAT, FertilityOutput
 
 BITS = 1 / math.log(2)
@@ -71,6 +73,49 @@ class CTCNATLoss(FairseqCriterion):
         log_average(logging_outputs, "loss", "loss", "tokens", BITS)
         log_average(logging_outputs, "nll_loss", "nll", "tokens", BITS)
         log_average(logging_outputs, "glanced", "glanced", "frames")
+        log_average(logging_outputs, "unfit", "unfit", "nsentences")
+
+
+@register_criterion("dag_nat_loss")
+class DAGNATLoss(FairseqCriterion):
+    """Negative log-likelihood of the target summed over all paths through the graph.
+
+    Huang et al. (2022), section 3.3. A target with more words than its source gives vertices has
+    no likelihood: it is left out of loss and sample size, and ``unfit`` is logged, the share of
+    such sentences.
+    """
+
+    def forward(
+        self, model: DAGNAT, sample: dict[str, Any], reduce: bool = True
+    ) -> tuple[Tensor, int, dict[str, Any]]:
+        """Summed loss, the number of target words and ends, and what is logged."""
+        output: GraphOutput = model(**sample["net_input"], target=sample["target"])
+        counts, vertices = output.counts, output.vertices
+        fitting = fits(counts, vertices)
+        scores = word_scores(output.logits, output.words)
+        found = log_likelihood(output.edges, scores, counts * fitting, vertices)
+        loss = -found[fitting].sum()
+        tokens = int((counts + 1)[fitting].sum())
+        log = {
+            "loss": loss.detach(),
+            "ntokens": sample["ntokens"],
+            "nsentences": sample["target"].size(0),
+            "tokens": tokens,
+            "unfit": (~fitting).sum(),
+            "words": counts.sum(),
+            "glanced": output.glanced.sum(),
+        }
+        return loss, tokens, log
+
+    @staticmethod
+    def logging_outputs_can_be_summed() -> bool:
+        return True
+
+    @classmethod
+    def reduce_metrics(cls, logging_outputs: list[dict[str, Any]]) -> None:
+        """Losses in bits per target word or end, glanced words and unfit sentences as shares."""
+        log_average(logging_outputs, "loss", "loss", "tokens", BITS)
+        log_average(logging_outputs, "glanced", "glanced", "words")
         log_average(logging_outputs, "unfit", "unfit", "nsentences")
 
 

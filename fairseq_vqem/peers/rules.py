@@ -20,8 +20,9 @@ from fairseq.models.nat import (
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.generation.parts import is_autoregressive, refuse_passes
 from fairseq_vqem.peers.ctc_nat import CTCNAT
+from fairseq_vqem.peers.dag_nat import DAGNAT
 from fairseq_vqem.peers.fertility_nat import FertilityNAT
-from fairseq_vqem.peers.losses import CTCNATLoss, FertilityNATLoss
+from fairseq_vqem.peers.losses import CTCNATLoss, DAGNATLoss, FertilityNATLoss
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Rules:
         noise: what ``--noise`` must be in training; None where the model takes no noised target.
         one_pass: decoded without refinement, for which it was not trained.
         every_pass: decoded to the last pass, since equal outputs of two passes may hold masks.
-        prefix_beam: candidates come from prefix beam search, not from several lengths.
+        own_search: candidates come from the model's ``search``, not from several lengths.
         penalised: what ``--iter-decode-eos-penalty`` is taken from; None where from nothing.
     """
 
@@ -44,7 +45,7 @@ class Rules:
     noise: str | None = None
     one_pass: bool = False
     every_pass: bool = False
-    prefix_beam: bool = False
+    own_search: bool = False
     penalised: str | None = None
 
 
@@ -67,9 +68,10 @@ RULES: dict[type, Rules] = {
         CTCNATLoss,
         "ctc_nat_loss",
         one_pass=True,
-        prefix_beam=True,
+        own_search=True,
         penalised="the blank",
     ),
+    DAGNAT: Rules("dag_nat", DAGNATLoss, "dag_nat_loss", one_pass=True, own_search=True),
     FertilityNAT: Rules("fertility_nat", FertilityNATLoss, "fertility_nat_loss", one_pass=True),
 }
 
@@ -161,7 +163,7 @@ def check_generation(models: Sequence[Any], args: Any) -> None:
         _check_ensemble(models[0], rules.name)
     if beam < 1:
         raise UserError(f"--iter-decode-with-beam {beam} is impossible: give 1 or more")
-    if beam > 1 and not (rules.prefix_beam or models[0].allow_length_beam):
+    if beam > 1 and not (rules.own_search or models[0].allow_length_beam):
         raise UserError(
             f"{rules.name} has no candidates of other lengths: drop --iter-decode-with-beam {beam}"
         )

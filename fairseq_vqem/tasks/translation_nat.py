@@ -1,4 +1,4 @@
-"""Translation with the peers: fairseq's NAT models, ``ctc_nat`` and ``fertility_nat``."""
+"""Translation with the peers: fairseq's NAT models and those of ``peers``."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from fairseq_vqem.models.config import option
 from fairseq_vqem.models.initialise import initialise_from_teacher
 from fairseq_vqem.peers.alignments import alignment_prefix
 from fairseq_vqem.peers.generator import ParallelGenerator
-from fairseq_vqem.peers.prefix_beam import PrefixBeamGenerator
+from fairseq_vqem.peers.own_search import OwnSearchGenerator
 from fairseq_vqem.peers.rules import (
     check_criterion,
     check_source_copy,
@@ -145,8 +145,8 @@ class TranslationNATTask(TranslationLevenshteinTask):
         check_source_copy(models[0], self.cfg)
         refuse_ignored_options(args)
         candidates = getattr(args, "iter_decode_with_beam", 1) > 1
-        searched = candidates and rules_of(models[0]).prefix_beam
-        kind = PrefixBeamGenerator if searched else ParallelGenerator
+        searched = candidates and rules_of(models[0]).own_search
+        kind = OwnSearchGenerator if searched else ParallelGenerator
         cfg = self.cfg
         return kind(self.target_dictionary, models, args, cfg.remove_repeats, cfg.length_span)
 

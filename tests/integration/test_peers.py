@@ -63,6 +63,10 @@ MODELS = {
         *("--criterion", "ctc_nat_loss", "--share-all-embeddings", "--label-smoothing", "0.1"),
         *("--glat-schedule", "0.5:0.3@40"),
     ),
+    "dag_nat_tiny": (
+        *("--criterion", "dag_nat_loss", "--share-all-embeddings", "--upsample-scale", "3"),
+        *("--glat-schedule", "0.5:0.1@40"),
+    ),
     "fertility_nat_tiny": (
         *("--criterion", "fertility_nat_loss", "--share-all-embeddings", "--load-alignments"),
         *("--max-fertility", "8"),
@@ -187,7 +191,7 @@ def test_generation_is_complete_in_order_and_that_of_translator(
 
 
 @pytest.mark.parametrize(
-    "model", ["nonautoregressive_transformer", "fertility_nat_tiny", "ctc_nat_tiny"]
+    "model", ["nonautoregressive_transformer", "fertility_nat_tiny", "ctc_nat_tiny", "dag_nat_tiny"]
 )
 def test_teacher_chooses_among_ten_candidates(
     workshop: Workshop, teacher: Path, trainings: Trainings, generated: Generate, model: str
@@ -289,6 +293,10 @@ MEMORY = {
     "ctc_nat+glancing": (
         *("ctc_nat_small", "--criterion", "ctc_nat_loss"),
         *("--glat-schedule", "0.5:0@400"),
+    ),
+    "dag_nat+glancing": (
+        *("dag_nat_small", "--criterion", "dag_nat_loss", "--upsample-scale", "4"),
+        *("--glat-schedule", "0.5:0.1@400"),
     ),
     "fertility_nat": (
         *("fertility_nat_small", "--criterion", "fertility_nat_loss", "--load-alignments"),

@@ -14,7 +14,7 @@ from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
 from fairseq.models.transformer import TransformerModel
 from torch import Tensor
 
-from fairseq_vqem.peers.config import CTCNATConfig, FertilityNATConfig
+from fairseq_vqem.peers.config import CTCNATConfig, DAGNATConfig, FertilityNATConfig
 from fairseq_vqem.peers.generator import ParallelGenerator
 from fairseq_vqem.tasks.translation_nat import TranslationNATConfig, TranslationNATTask
 
@@ -22,7 +22,7 @@ BOS, PAD, EOS = 0, 1, 2
 SIZES = dict(embed_dim=16, ffn_embed_dim=32, attention_heads=2, encoder_layers=1)
 SIZES |= dict(decoder_layers=1, dropout=0.0, share_all_embeddings=True)
 FAIRSEQ = ("nonautoregressive_transformer", "cmlm_transformer", "levenshtein_transformer")
-PEERS = ("ctc_nat", "fertility_nat")
+PEERS = ("ctc_nat", "dag_nat", "fertility_nat")
 WITH_CANDIDATES = ("fertility_nat", *FAIRSEQ[:2])
 FAIRSEQ_SIZES = {
     f"{part}_{name}": value
@@ -47,7 +47,8 @@ def make_task(**options: Any) -> TranslationNATTask:
 def model_config(kind: str, **options: Any) -> Any:
     """Options of a tiny model; those that only fairseq's models have do not matter to the peers."""
     if kind in PEERS:
-        classes = {"ctc_nat": CTCNATConfig, "fertility_nat": FertilityNATConfig}
+        classes: dict[str, Any] = {"ctc_nat": CTCNATConfig, "dag_nat": DAGNATConfig}
+        classes["fertility_nat"] = FertilityNATConfig
         options = {name: v for name, v in options.items() if "normalize_before" not in name}
         if kind == "fertility_nat":
             options = {"max_fertility": 3, **options}
@@ -68,6 +69,8 @@ def make_model(kind: str, task: TranslationNATTask | None = None, **options: Any
     model: Any = ARCH_MODEL_REGISTRY[kind].build_model(config, task or make_task())
     for parameter in model.parameters():  # biases and norms start at 0 and 1, which hides bugs
         parameter.data.add_(0.1 * torch.randn_like(parameter))
+    if kind == "dag_nat":  # without preferences its path goes to the end at once
+        model.edges.query.weight.data.mul_(20.0)
     return model.eval()
 
 

@@ -21,6 +21,7 @@ RIGHT_OPTIONS: dict[str, dict[str, Any]] = {
     "cmlm_transformer": {"noise": "random_mask"},
     "levenshtein_transformer": {"noise": "random_delete"},
     "ctc_nat": {},
+    "dag_nat": {},
     "fertility_nat": {"load_alignments": True},
 }
 

@@ -36,7 +36,7 @@ from fairseq_vqem.peers.generator import ParallelGenerator
 def test_options_that_an_older_checkpoint_lacks_get_their_defaults(kind: str) -> None:
     """As a checkpoint of a named architecture, whose options fairseq does not complete."""
     config = Namespace(arch=f"{kind}_small", **vars(model_config(kind)))
-    new = "glat_schedule" if kind == "ctc_nat" else "max_fertility"
+    new = "max_fertility" if kind == "fertility_nat" else "glat_schedule"
     delattr(config, new)
     ARCH_MODEL_REGISTRY[kind].build_model(config, make_task())
     assert getattr(config, new) == {"glat_schedule": "0", "max_fertility": 50}[new]

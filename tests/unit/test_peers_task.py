@@ -16,7 +16,7 @@ from sacrebleu.metrics import BLEU
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.peers.config import CTCNATConfig
 from fairseq_vqem.peers.ctc_nat import CTCNAT
-from fairseq_vqem.peers.losses import CTCNATLoss, FertilityNATLoss
+from fairseq_vqem.peers.losses import CTCNATLoss, DAGNATLoss, FertilityNATLoss
 from fairseq_vqem.peers.rules import check_criterion, check_generation, check_training
 
 UNKNOWN = 3
@@ -93,12 +93,13 @@ def test_inference_pads_as_training_does(left: bool) -> None:
     assert short == ([1, 1, 0, 8, 2] if left else [0, 8, 2, 1, 1])
 
 
-@pytest.mark.parametrize("kind", [*RIGHT_NOISE, "ctc_nat", "fertility_nat"])
+@pytest.mark.parametrize("kind", [*RIGHT_NOISE, "ctc_nat", "dag_nat", "fertility_nat"])
 def test_each_model_has_one_loss(kind: str) -> None:
     task = make_task()
     model = make_model(kind, task)
     losses = {
         "ctc_nat": CTCNATLoss(task, 0.0),
+        "dag_nat": DAGNATLoss(task),
         "fertility_nat": FertilityNATLoss(task, 0.0, 1.0),
     }
     right = losses.get(kind, LabelSmoothedDualImitationCriterion(task, 0.0))
@@ -145,6 +146,8 @@ def test_wrong_task_is_named() -> None:
         (["cmlm_transformer"], {"iter_decode_eos_penalty": 1.0}, "cmlm_transformer has neither"),
         (["fertility_nat"], {"iter_decode_eos_penalty": 1.0}, "fertility_nat has neither"),
         (["cmlm_transformer"], {"iter_decode_max_iter": -1}, "at least 0"),
+        (["dag_nat"], {"iter_decode_eos_penalty": 1.0}, "dag_nat has neither"),
+        (["dag_nat", "dag_nat"], {}, "ensemble"),
         (["ctc_nat"], {"retain_dropout": True}, "drop --retain-dropout"),
     ],
 )

@@ -16,9 +16,9 @@ from torch.nn.functional import ctc_loss
 
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.export.standalone.frames import likeliest_sentences
-from fairseq_vqem.peers import prefix_beam
+from fairseq_vqem.peers import ctc_nat
 from fairseq_vqem.peers.ctc_nat import CTCNAT
-from fairseq_vqem.peers.prefix_beam import PrefixBeamGenerator, search_frames
+from fairseq_vqem.peers.own_search import OwnSearchGenerator
 
 BOS, PAD, EOS = 0, 1, 2
 VOCABULARY, ALL = 4, 400
@@ -131,10 +131,10 @@ def batch_of(tiny: Any, count: int = 12) -> dict[str, Any]:
     return sample
 
 
-def generator_of(task: Any, models: list[Any], beam: int, **options: Any) -> PrefixBeamGenerator:
+def generator_of(task: Any, models: list[Any], beam: int, **options: Any) -> OwnSearchGenerator:
     arguments = SimpleNamespace(iter_decode_with_beam=beam, **options)
     generator = task.build_generator(models, arguments)
-    assert isinstance(generator, PrefixBeamGenerator)
+    assert isinstance(generator, OwnSearchGenerator)
     return generator
 
 
@@ -145,12 +145,12 @@ def encoded(model: CTCNAT, sample: dict[str, Any]) -> Any:
 
 @torch.no_grad()
 def test_scores_are_those_of_the_loss(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefix_beam, "SYMBOLS_PER_FRAME", 100)
+    monkeypatch.setattr(ctc_nat, "SYMBOLS_PER_FRAME", 100)
     model, _ = tiny_ctc_nat(tiny)
     for parameter in model.decoder.layer_norm.parameters():
         parameter.mul_(5.0)  # a few paths have nearly all of the probability
     output = encoded(model, batch_of(tiny))
-    sentences, scores = search_frames(model, output, 100, 0.0)
+    sentences, scores = model.search(output, 100, 0.0)
     log_probabilities, frames = model.read(output, 0.0)
     for row, beams in enumerate(sentences):
         count = int(frames[row].sum())
@@ -171,7 +171,7 @@ def test_generates_the_likeliest_whatever_the_batch(tiny: Any) -> None:
     sample = batch_of(tiny)
     generator = generator_of(task, [model], 5)
     found = generator.generate([model], sample)
-    sentences, scores = search_frames(model, encoded(model, sample), 5, 0.0)
+    sentences, scores = model.search(encoded(model, sample), 5, 0.0)
     assert [each[0]["tokens"].tolist()[1:-1] for each in found] == [b[0] for b in sentences]
     for (best,), (total, *_) in zip(found, scores, strict=True):
         assert float(best["positional_scores"].sum()) == pytest.approx(total, abs=1e-4)
@@ -214,7 +214,7 @@ def test_penalty_on_the_blank_makes_sentences_longer(tiny: Any) -> None:
     model, _ = tiny_ctc_nat(tiny)
     output = encoded(model, batch_of(tiny))
     lengths = [
-        sum(len(beams[0]) for beams in search_frames(model, output, 5, penalty)[0])
+        sum(len(beams[0]) for beams in model.search(output, 5, penalty)[0])
         for penalty in (-4.0, 0.0, 4.0)
     ]
     assert lengths[0] < lengths[1] < lengths[2]
@@ -228,7 +228,7 @@ def test_the_teacher_chooses(tiny: Any) -> None:
     reranked = dict(iter_decode_with_external_reranker=True)
     generator = generator_of(task, [model, teacher], 4, **reranked)
     found = generator.generate([model, teacher], sample)
-    sentences, _ = search_frames(model, encoded(model, sample), 4, 0.0)
+    sentences, _ = model.search(encoded(model, sample), 4, 0.0)
     source = sample["net_input"]["src_tokens"]
     chosen = []
     for row, beams in enumerate(sentences):

@@ -1,4 +1,4 @@
-"""Candidates of a CTC model by prefix beam search."""
+"""Candidates that a model's own search finds in one pass of its decoder."""
 
 from __future__ import annotations
 
@@ -8,18 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fairseq_vqem.export.standalone.frames import SYMBOLS_PER_FRAME, likeliest_sentences
 from fairseq_vqem.generation.parts import in_parts, refuse_forced_words
-from fairseq_vqem.peers.ctc_nat import CTCNAT
 from fairseq_vqem.peers.generator import ParallelGenerator, without_repeats
 
 
-class PrefixBeamGenerator(ParallelGenerator):
-    """The likeliest sentences of ``ctc_nat`` instead of the words of its likeliest path.
+class OwnSearchGenerator(ParallelGenerator):
+    """Of ``--iter-decode-with-beam`` sentences of the model's ``search`` the best.
 
-    A sentence has the probability of all of its paths together. Of ``--iter-decode-with-beam``
-    sentences the teacher chooses (``--iter-decode-with-external-reranker``), or the likeliest is
-    taken. The decoder runs once however many there are.
+    The teacher chooses (``--iter-decode-with-external-reranker``), or the first is taken, the
+    search's best. The decoder runs once however many there are.
     """
 
     @torch.no_grad()
@@ -37,9 +34,7 @@ class PrefixBeamGenerator(ParallelGenerator):
         found: list[list[dict[str, Any]]] = []
         for src_tokens, src_lengths in in_parts(sample, self.beam_size):
             encoder_out = models[0].forward_encoder([src_tokens, src_lengths])
-            sentences, scores = search_frames(
-                models[0], encoder_out, self.beam_size, self.eos_penalty
-            )
+            sentences, scores = models[0].search(encoder_out, self.beam_size, self.eos_penalty)
             if self.own_scores:
                 best = zip(sentences, scores, strict=True)
                 found += [[self.hypothesis(beams[0], each[0])] for beams, each in best]
@@ -79,24 +74,3 @@ class PrefixBeamGenerator(ParallelGenerator):
         if self.retain_history:
             record["history"] = [{"tokens": tokens}]
         return record
-
-
-@torch.no_grad()
-def search_frames(
-    model: CTCNAT, encoder_out: Any, width: int, penalty: float
-) -> tuple[list[list[list[int]]], list[list[float]]]:
-    """`likeliest_sentences` of ``model``: ``width`` for each sentence, and their scores.
-
-    Args:
-        penalty: taken from the blank's log-probability.
-    """
-    log_probabilities, frames = model.read(encoder_out, penalty)
-    blanks = log_probabilities[..., model.blank].clone()
-    log_probabilities[..., model.blank] = float("-inf")
-    scores, symbols = log_probabilities.topk(min(SYMBOLS_PER_FRAME, log_probabilities.size(2)), -1)
-    arrays = [each.cpu().numpy() for each in (blanks, symbols, scores)]
-    found = [
-        likeliest_sentences(blank[:count], words[:count], each[:count], width)
-        for blank, words, each, count in zip(*arrays, frames.sum(1).tolist(), strict=True)
-    ]
-    return [sentences for sentences, _ in found], [totals for _, totals in found]

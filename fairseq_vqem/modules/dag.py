@@ -1,0 +1,240 @@
+"""The arithmetic of directed acyclic graphs over words (Huang et al., DA-Transformer, 2022).
+
+Each position of the output is a vertex; edges lead forwards. A path begins at the first vertex and
+ends at the last real one, and what stands at the vertices between them is the sentence: a sentence
+has the probability of all of its paths. B sentences, L vertices, W words, H heads.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fairseq_vqem.modules.ctc import random_choice
+
+NEVER = -1e9  # the logarithm of what cannot be; finite, so that differences have gradients
+RAREST = 1e-30  # least probability of a possible edge: keeps every sentence that fits possible
+
+
+@dataclass
+class GraphOutput:
+    """What one training forward over a graph gives.
+
+    Attributes:
+        logits: ``[B, L, V]`` words at each vertex.
+        edges: ``[B, L, L]`` log-probability of each edge, see `Edges`.
+        vertices: ``[B, L]`` true at real vertices, which come first.
+        glanced: ``[B, W]`` true at words that the decoder was shown.
+        words: ``[B, W]`` target words without BOS and EOS, arbitrary beyond ``counts`` ``[B]``.
+    """
+
+    logits: Tensor
+    edges: Tensor
+    vertices: Tensor
+    glanced: Tensor
+    words: Tensor
+    counts: Tensor
+
+
+class Edges(nn.Module):
+    """Log-probabilities of where a path goes next (section 3.2 of the paper).
+
+    Each head has a distribution over all later vertices, and each vertex mixes the heads with
+    weights of its own.
+
+    Args:
+        dimension: size D of a vertex's state.
+        heads: H, of which D must be a multiple.
+    """
+
+    def __init__(self, dimension: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(2 * dimension, dimension)
+        self.key = nn.Linear(2 * dimension, dimension)
+        self.gate = nn.Linear(2 * dimension, heads)
+
+    def forward(self, states: Tensor, positions: Tensor, vertices: Tensor) -> Tensor:
+        """``[B, L, L]``: row by row where a path goes from there; -inf where it cannot.
+
+        Args:
+            states: ``[B, L, D]`` of the decoder's last layer.
+            positions: ``[B, L, D]`` embeddings of the vertices' places.
+            vertices: ``[B, L]`` true at real vertices, which come first.
+        """
+        x = torch.cat([states, positions], -1)
+        query, key = (
+            layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2).float()
+            for layer in (self.query, self.key)
+        )
+        scores = query @ key.transpose(2, 3) / math.sqrt(key.size(-1))  # [B, H, L, L]
+        later = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1)
+        possible = later & vertices.unsqueeze(1) & vertices.unsqueeze(2)
+        scores = torch.log_softmax(scores.masked_fill(~possible.unsqueeze(1), NEVER), -1)
+        weights = torch.log_softmax(self.gate(x).float(), -1).transpose(1, 2)
+        mixed = torch.logsumexp(scores + weights.unsqueeze(-1), 1)
+        return mixed.masked_fill(~possible, float("-inf"))
+
+
+def word_scores(logits: Tensor, words: Tensor) -> Tensor:
+    """Log-probability ``[B, L, W]`` of each of ``words`` ``[B, W]`` at each vertex."""
+    logits = logits.float()
+    index = words.unsqueeze(1).expand(-1, logits.size(1), -1)
+    return logits.gather(2, index) - logits.logsumexp(-1, keepdim=True)
+
+
+def fits(counts: Tensor, vertices: Tensor) -> Tensor:
+    """``[B]`` true where there are vertices for ``counts`` ``[B]`` words beside the two ends."""
+    return counts <= vertices.sum(1) - 2
+
+
+def log_likelihood(edges: Tensor, scores: Tensor, counts: Tensor, vertices: Tensor) -> Tensor:
+    """Log-probability ``[B]`` of each sentence over all of its paths (equations 4 and 5).
+
+    Args:
+        edges: ``[B, L, L]``, see `Edges`.
+        scores: ``[B, L, W]``, see `word_scores`.
+        counts: how many of the words are a sentence's, ``[B]``.
+        vertices: ``[B, L]``.
+
+    Returns:
+        Arbitrary where the words do not fit, see `fits`.
+    """
+    ends = vertices.sum(1, keepdim=True) - 1
+    place = torch.arange(edges.size(1), device=edges.device)
+    possible = edges.isfinite()
+    steps = edges.exp().clamp(min=RAREST) * possible
+    reached = torch.where(place.eq(0), 0.0, NEVER).expand(edges.size(0), -1)
+    for word in range(scores.size(2)):
+        # a vertex from which the remaining words would not fit before the end is left out, lest it
+        # outweigh the others beyond what floating point holds
+        room = place <= ends - counts.unsqueeze(1) + word
+        arrived = _through(reached, steps) + scores[..., word]
+        arrived = arrived.masked_fill(~room, NEVER)
+        within = (word < counts).unsqueeze(1)
+        reached = torch.where(within, arrived, reached)
+    last = steps.gather(2, ends.unsqueeze(1).expand(-1, edges.size(1), 1))
+    return _through(reached, last).squeeze(1)
+
+
+def _through(reached: Tensor, steps: Tensor) -> Tensor:
+    """``log(exp(reached) @ steps)``: ``[B, L]`` and ``[B, L, N]`` to ``[B, N]``."""
+    most = reached.detach().amax(1, keepdim=True)
+    arrived = ((reached - most).exp().unsqueeze(1) @ steps).squeeze(1)
+    return arrived.clamp(min=1e-37).log().masked_fill(arrived <= 0, NEVER) + most
+
+
+@torch.no_grad()
+def best_path(edges: Tensor, scores: Tensor, counts: Tensor, vertices: Tensor) -> Tensor:
+    """The vertex ``[B, W]`` of each word on the most probable path (Viterbi).
+
+    Arguments as for `log_likelihood`. Arbitrary beyond ``counts``, and where the words do not fit.
+    """
+    ends = vertices.sum(1, keepdim=True) - 1
+    place = torch.arange(edges.size(1), device=edges.device)
+    reached = torch.where(place.eq(0), 0.0, NEVER).expand(edges.size(0), -1)
+    origins = []
+    for word in range(scores.size(2)):
+        arrived, origin = (reached.unsqueeze(2) + edges).max(1)
+        within = (word < counts).unsqueeze(1)
+        reached = torch.where(within, (arrived + scores[..., word]).clamp(min=NEVER), reached)
+        origins.append(torch.where(within, origin, place))
+    last = edges.gather(2, ends.unsqueeze(1).expand(-1, edges.size(1), 1)).squeeze(2)
+    vertex = (reached + last).argmax(1, keepdim=True)
+    path = []
+    for origin in reversed(origins):
+        path.append(vertex)
+        vertex = origin.gather(1, vertex)
+    return torch.cat(path[::-1], 1) if path else counts.new_zeros(counts.size(0), 0)
+
+
+@torch.no_grad()
+def words_to_show(output: GraphOutput, ratio: float) -> tuple[Tensor, Tensor]:
+    """Vertices ``[B, W]`` of the words on their best path, and the words ``[B, W]`` to reveal.
+
+    As many as ``ratio`` times those that their vertex would not write (section 3.4, after Qian et
+    al., 2021), drawn among all; none where the target does not fit.
+    """
+    words, counts = output.words, output.counts
+    scores = word_scores(output.logits, words)
+    path = best_path(output.edges, scores, counts, output.vertices)
+    written = output.logits.argmax(-1).gather(1, path)
+    real = torch.arange(words.size(1), device=words.device) < counts.unsqueeze(1)
+    wrong = (written.ne(words) & real).sum(1)
+    return path, random_choice(real, (wrong * ratio).long() * fits(counts, output.vertices))
+
+
+def lookahead(edges: Tensor, likeliest: Tensor, vertices: Tensor) -> list[list[int]]:
+    """The vertices of each sentence, each chosen by its edge and its likeliest word together.
+
+    Section 3.5 of the paper. The ends are left out.
+
+    Args:
+        edges: ``[B, L, L]``.
+        likeliest: ``[B, L]`` log-probability of the likeliest word of each vertex.
+        vertices: ``[B, L]``.
+    """
+    ends = vertices.sum(1) - 1
+    likeliest = likeliest.scatter(1, ends.unsqueeze(1), 0.0)  # the end writes nothing
+    following = (edges + likeliest.unsqueeze(1)).argmax(2).tolist()
+    found = []
+    for successors, end in zip(following, ends.tolist(), strict=True):
+        path, vertex = [], successors[0]
+        while vertex != end:
+            path.append(vertex)
+            vertex = successors[vertex]
+        found.append(path)
+    return found
+
+
+def best_of_lengths(
+    edges: Tensor, likeliest: Tensor, vertices: Tensor, width: int
+) -> tuple[list[list[list[int]]], list[list[float]]]:
+    """The best path of each length, of ``width`` lengths; arguments as for `lookahead`.
+
+    Joint Viterbi decoding (Shao, Ma, Feng, 2022), lengths compared by the mean over a path's edges.
+
+    Returns:
+        For each sentence exactly ``width`` paths, ends left out, best first (the last repeated
+        where there are not as many lengths), and their log-probabilities.
+    """
+    ends = vertices.sum(1, keepdim=True) - 1
+    batch, count = edges.size(0), edges.size(1)
+    last = edges.gather(2, ends.unsqueeze(1).expand(-1, count, 1)).squeeze(2).clamp(min=NEVER)
+    steps = (edges + likeliest.unsqueeze(1)).clamp(min=NEVER)
+    reached = edges.new_full((batch, count), NEVER)
+    reached[:, 0] = 0.0
+    totals, finals, origins = [], [], []
+    for _ in range(count - 1):
+        total, final = (reached + last).max(1)
+        totals.append(total)
+        finals.append(final)
+        reached, origin = (reached.unsqueeze(2) + steps).max(1)
+        reached = reached.clamp(min=NEVER)
+        origins.append(origin)
+    scores = torch.stack(totals, 1)  # [B, lengths from 0]
+    lengths = torch.arange(1, count, device=edges.device)
+    means = (scores / lengths).masked_fill(scores <= NEVER / 2, float("-inf"))
+    order = means.argsort(1, descending=True)[:, :width]
+    kept = means.gather(1, order).isfinite().sum(1).tolist()
+    origin_of = torch.stack(origins, 1).tolist()  # [B, words, L]
+    final_of, chosen, all_scores = torch.stack(finals, 1).tolist(), order.tolist(), scores.tolist()
+    paths, values = [], []
+    for row in range(batch):
+        best = chosen[row][: kept[row]]
+        best += best[-1:] * (width - len(best))
+        paths.append([_back(origin_of[row], final_of[row][words], words) for words in best])
+        values.append([all_scores[row][words] for words in best])
+    return paths, values
+
+
+def _back(origins: list[list[int]], vertex: int, words: int) -> list[int]:
+    """The path of ``words`` vertices that ends in ``vertex``."""
+    path = []
+    for step in range(words - 1, -1, -1):
+        path.append(vertex)
+        vertex = origins[step][vertex]
+    return path[::-1]
