@@ -50,7 +50,7 @@ ENGINES: dict[str, EngineKind] = {
         ),
         numbers=("workers",),
         tasks=("translation_vqem", "translation_nat"),
-        models=("vqem_transformer", "ctc_nat"),
+        models=("vqem_transformer", "ctc_nat", "dag_nat"),
     ),
 }
 """By the name that a recipe gives; `check_engine` and `load_engine` know the rest."""

@@ -18,8 +18,8 @@ class ExportedEngine:
     """A student in ONNX Runtime, exported into a temporary folder.
 
     Args:
-        checkpoint: one ``vqem_transformer`` or ``ctc_nat``; with ``rescore: teacher`` or
-            ``iter_decode_with_external_reranker`` followed by a colon and the teacher.
+        checkpoint: one ``vqem_transformer``, ``ctc_nat`` or ``dag_nat``; with ``rescore: teacher``
+            or ``iter_decode_with_external_reranker`` followed by a colon and the teacher.
         options: ``weights`` (float32 or int8) and decoding options of the task; ``workers``
             share the threads.
 

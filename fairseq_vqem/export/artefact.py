@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import fairseq_vqem
 from fairseq_vqem.corpora.files import file_sha256
 from fairseq_vqem.errors import UserError
+from fairseq_vqem.export.dag import DAGGraphs
 from fairseq_vqem.export.graphs import StudentGraphs, integer_probe
 from fairseq_vqem.export.onnx_graph import WEIGHTS_FILE, WeightFile
 from fairseq_vqem.export.parallel import CTCGraphs
@@ -94,10 +95,11 @@ def write_graphs(
             max_source=longest_source,
             blank_penalty=float(translator.generator.eos_penalty),
         )
+        kind = DAGGraphs if options.graph else CTCGraphs
         graphs = (
             StudentGraphs(model, file, options=options, **shared)
             if options.codes
-            else CTCGraphs(model, file, searched=options.frame_beam > 1, **shared)
+            else kind(model, file, searched=options.frame_beam > 1, **shared)
         )
         names = manifest.graph_names(options)
         made = {name: getattr(graphs, name)() for name in names if name != manifest.SCORE}

@@ -45,8 +45,8 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--iter-decode-with-beam",
         type=int,
         default=1,
-        help="of CTC: sentences kept by prefix beam search, of which --teacher chooses, or else"
-        " the likeliest is taken",
+        help="of CTC: sentences kept by prefix beam search, of DAG: lengths of its path, of which"
+        " --teacher chooses, or else the likeliest is taken",
     )
     parser.add_argument("--latent-beam", type=int, help="beam of the latent search; 1 is greedy")
     parser.add_argument(
@@ -125,8 +125,8 @@ def export(
         teacher: an autoregressive model that chooses among ``latent_candidates``, or among the
             sentences of the ``frame_beam``.
         eos_penalty: taken from the blank's log-probability of a CTC model.
-        frame_beam: sentences kept by the prefix beam search of a ``ctc_nat``; 1 takes the words of
-            the best path.
+        frame_beam: sentences kept by the search of a ``ctc_nat`` or ``dag_nat``; 1 takes the words
+            of its best path.
         task_overrides: decoding options where they are not the checkpoint's.
 
     Returns:
@@ -155,8 +155,8 @@ def export(
         generation["iter_decode_with_external_reranker"] = teacher is not None
     elif frame_beam != 1:
         raise UserError(
-            f"--iter-decode-with-beam {frame_beam} is for ctc_nat: vqem_transformer has"
-            " --latent-candidates"
+            f"--iter-decode-with-beam {frame_beam} is for ctc_nat and dag_nat: vqem_transformer"
+            " has --latent-candidates"
         )
     elif teacher is not None:
         if overrides.get("rescore", "teacher") != "teacher":
@@ -181,7 +181,7 @@ def decoding_options(translator: Translator) -> Options:
 
     generator = translator.generator
     if not isinstance(generator, LatentGenerator):
-        return _ctc_options(translator)
+        return _peer_options(translator)
     _check_exportable(translator, generator)
     student, search = translator.models[0], generator.search
     try:
@@ -205,16 +205,17 @@ def decoding_options(translator: Translator) -> Options:
         raise UserError(str(error)) from error
 
 
-def _ctc_options(translator: Translator) -> Options:
-    """The options of a ``ctc_nat``, which has no latents."""
+def _peer_options(translator: Translator) -> Options:
+    """The options of a ``ctc_nat`` or ``dag_nat``, which have no latents."""
     from fairseq_vqem.export.standalone.manifest import Options
     from fairseq_vqem.peers.ctc_nat import CTCNAT
+    from fairseq_vqem.peers.dag_nat import DAGNAT
 
     model, generator = translator.models[0], translator.generator
-    if type(model) is not CTCNAT:  # of another's own pass nothing is known here
+    if type(model) not in (CTCNAT, DAGNAT):  # of another's own pass nothing is known here
         raise UserError(
-            "Only vqem_transformer and ctc_nat models can be exported; use CTranslate2's fairseq"
-            " converter for an autoregressive one."
+            "Only vqem_transformer, ctc_nat and dag_nat models can be exported; use CTranslate2's"
+            " fairseq converter for an autoregressive one."
         )
     return Options(
         latent_beam=1,
@@ -228,7 +229,8 @@ def _ctc_options(translator: Translator) -> Options:
         codes=0,
         max_source_tokens=translator.max_source_tokens + 1,  # and BOS
         max_target_tokens=model.cfg.max_target_positions,
-        collapse=True,
+        collapse=type(model) is CTCNAT,
+        graph=type(model) is DAGNAT,
         source_start=True,
         frame_beam=generator.beam_size,
         candidates=generator.beam_size if len(translator.models) > 1 else 1,
@@ -243,7 +245,7 @@ def _check_exportable(translator: Translator, generator: Any) -> None:
     if type(student) is not VQEMTransformer:  # of another's own pass nothing is known here
         raise UserError(
             f"{type(student).__name__} is of another package and cannot be exported: only"
-            " vqem_transformer and ctc_nat can"
+            " vqem_transformer, ctc_nat and dag_nat can"
         )
     if len(generator.students(translator.models)) > 1:
         raise UserError(

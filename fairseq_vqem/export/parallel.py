@@ -91,26 +91,36 @@ class ParallelGraphs:
         0 is padding, and the blank of CTC.
         """
         x, places = self.decoded(graph, x, mask, longest)
-        words = self.likeliest_words(graph, x)
+        words = self.spread(graph, self.likeliest_words(graph, x), places, mask, TensorProto.INT64)
+        graph.output("words", words, np.int64, ["B", "T"])
+
+    def spread(self, graph: GraphBuilder, values: str, places: str, mask: str, kind: int) -> str:
+        """``values`` ``[N]`` at their ``places`` of ``[B, T]``, 0 elsewhere; see `decoded`."""
         flat = graph.reshape(mask, -1)
-        nothing = graph.op("Cast", graph.op("Sub", flat, flat), to=TensorProto.INT64)
-        words = graph.op("ScatterND", nothing, places, words)
-        shape = graph.op("Shape", mask, end=2)
-        graph.output("words", graph.reshape(words, shape), np.int64, ["B", "T"])
+        nothing = graph.op("Cast", graph.op("Sub", flat, flat), to=kind)
+        values = graph.op("ScatterND", nothing, places, values)
+        return graph.reshape(values, graph.op("Shape", mask, end=2))
 
     def decoded(self, graph: GraphBuilder, x: str, mask: str, longest: int) -> tuple[str, str]:
         """What ``x`` ``[B, T, D]`` becomes under ``mask`` ``[B, T, 1]``, at its N real positions
         only: ``[N, D]``, and which of the B·T these are, ``[N, 1]``."""
+        return self.at_real(graph, self.decoder_states(graph, x, mask, longest), mask)
+
+    def at_real(self, graph: GraphBuilder, x: str, mask: str) -> tuple[str, str]:
+        """Rows of ``x`` ``[B·T, D]`` at real positions, and places; see `decoded`."""
+        flat = graph.reshape(mask, -1)
+        places = graph.op("Transpose", graph.op("NonZero", flat), perm=[1, 0])
+        return graph.op("GatherND", x, places), places
+
+    def decoder_states(self, graph: GraphBuilder, x: str, mask: str, longest: int) -> str:
+        """What ``x`` ``[B, T, D]`` becomes under ``mask`` ``[B, T, 1]``: ``[B·T, D]``."""
         decoder = self.model.decoder
         places = positions(graph, "positions.target", decoder.embed_positions, longest)
         x = graph.op("Add", x, graph.first(places, graph.size(x, 1)))
         shape = graph.op("Shape", mask, end=2)
         rows = Rows(graph.reshape(x, -1, self.dimension), shape)
         rows = self.decoder_layers(graph, rows, graph.reshape(mask, shape))
-        x = graph.norm(rows.x, "decoder.layer_norm", decoder.layer_norm)
-        flat = graph.reshape(mask, -1)
-        places = graph.op("Transpose", graph.op("NonZero", flat), perm=[1, 0])
-        return graph.op("GatherND", x, places), places
+        return graph.norm(rows.x, "decoder.layer_norm", decoder.layer_norm)
 
     def decoder_layers(self, graph: GraphBuilder, rows: Rows, real: str) -> Rows:
         decoder = self.model.decoder
@@ -145,10 +155,7 @@ class ParallelGraphs:
         return graph.split(graph.reshape(both, shape, weight.size(0)), len(modules))
 
     def likeliest_words(self, graph: GraphBuilder, x: str) -> str:
-        """Dictionary ids ``[N]`` for ``x`` ``[N, D]``.
-
-        ONNX Runtime's ArgMax takes longer than a maximum and an ArgMax over blocks of words.
-        """
+        """Dictionary ids ``[N]`` for ``x`` ``[N, D]``."""
         name, table = self.embeddings("target")
         if self.blank is None:
             logits = graph.linear(x, name, table, skip_rows=self.first_word, only_order=True)
@@ -157,7 +164,17 @@ class ParallelGraphs:
             bias[[self.model.pad, self.model.eos]] = float(MASKED)
             bias[self.blank] = -self.blank_penalty
             logits = graph.linear(x, name, table, bias)
-        blocks = (table.size(0) - self.first_word) // ARGMAX_BLOCK
+        return self.largest(graph, logits, table.size(0))[0]
+
+    def largest(self, graph: GraphBuilder, logits: str, rows: int) -> tuple[str, str]:
+        """Dictionary ids ``[N]`` of the largest of ``logits`` ``[N, V']``, and these ``[N]``.
+
+        ONNX Runtime's ArgMax takes longer than a maximum and an ArgMax over blocks of words.
+
+        Args:
+            rows: of the table of words, the first that are not written included.
+        """
+        blocks = (rows - self.first_word) // ARGMAX_BLOCK
         blocked = graph.reshape(logits, -1, blocks, ARGMAX_BLOCK)
         tops = graph.op("ReduceMax", blocked, np.array([2]), keepdims=0)
         block = graph.op("ArgMax", tops, axis=1, keepdims=1)
@@ -166,7 +183,8 @@ class ParallelGraphs:
         start = graph.op("Mul", graph.reshape(block, -1), np.int64(ARGMAX_BLOCK))
         word = graph.op("Add", graph.op("Add", word, start), np.int64(self.first_word))
         last = len(self.model.decoder.dictionary) - 1
-        return graph.op("Min", word, np.int64(last))
+        top = graph.op("ReduceMax", tops, np.array([1]), keepdims=0)
+        return graph.op("Min", word, np.int64(last)), top
 
     # ------------------------------------------------------------------ tables
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fairseq_vqem.export.standalone.vertices import path_of
 from fairseq_vqem.modules.ctc import random_choice
 
 NEVER = -1e9  # the logarithm of what cannot be; finite, so that differences have gradients
@@ -179,62 +180,8 @@ def lookahead(edges: Tensor, likeliest: Tensor, vertices: Tensor) -> list[list[i
     """
     ends = vertices.sum(1) - 1
     likeliest = likeliest.scatter(1, ends.unsqueeze(1), 0.0)  # the end writes nothing
-    following = (edges + likeliest.unsqueeze(1)).argmax(2).tolist()
-    found = []
-    for successors, end in zip(following, ends.tolist(), strict=True):
-        path, vertex = [], successors[0]
-        while vertex != end:
-            path.append(vertex)
-            vertex = successors[vertex]
-        found.append(path)
-    return found
-
-
-def best_of_lengths(
-    edges: Tensor, likeliest: Tensor, vertices: Tensor, width: int
-) -> tuple[list[list[list[int]]], list[list[float]]]:
-    """The best path of each length, of ``width`` lengths; arguments as for `lookahead`.
-
-    Joint Viterbi decoding (Shao, Ma, Feng, 2022), lengths compared by the mean over a path's edges.
-
-    Returns:
-        For each sentence exactly ``width`` paths, ends left out, best first (the last repeated
-        where there are not as many lengths), and their log-probabilities.
-    """
-    ends = vertices.sum(1, keepdim=True) - 1
-    batch, count = edges.size(0), edges.size(1)
-    last = edges.gather(2, ends.unsqueeze(1).expand(-1, count, 1)).squeeze(2).clamp(min=NEVER)
-    steps = (edges + likeliest.unsqueeze(1)).clamp(min=NEVER)
-    reached = edges.new_full((batch, count), NEVER)
-    reached[:, 0] = 0.0
-    totals, finals, origins = [], [], []
-    for _ in range(count - 1):
-        total, final = (reached + last).max(1)
-        totals.append(total)
-        finals.append(final)
-        reached, origin = (reached.unsqueeze(2) + steps).max(1)
-        reached = reached.clamp(min=NEVER)
-        origins.append(origin)
-    scores = torch.stack(totals, 1)  # [B, lengths from 0]
-    lengths = torch.arange(1, count, device=edges.device)
-    means = (scores / lengths).masked_fill(scores <= NEVER / 2, float("-inf"))
-    order = means.argsort(1, descending=True)[:, :width]
-    kept = means.gather(1, order).isfinite().sum(1).tolist()
-    origin_of = torch.stack(origins, 1).tolist()  # [B, words, L]
-    final_of, chosen, all_scores = torch.stack(finals, 1).tolist(), order.tolist(), scores.tolist()
-    paths, values = [], []
-    for row in range(batch):
-        best = chosen[row][: kept[row]]
-        best += best[-1:] * (width - len(best))
-        paths.append([_back(origin_of[row], final_of[row][words], words) for words in best])
-        values.append([all_scores[row][words] for words in best])
-    return paths, values
-
-
-def _back(origins: list[list[int]], vertex: int, words: int) -> list[int]:
-    """The path of ``words`` vertices that ends in ``vertex``."""
-    path = []
-    for step in range(words - 1, -1, -1):
-        path.append(vertex)
-        vertex = origins[step][vertex]
-    return path[::-1]
+    following = (edges + likeliest.unsqueeze(1)).argmax(2)
+    return [
+        path_of(successors, end)
+        for successors, end in zip(following.tolist(), ends.tolist(), strict=True)
+    ]

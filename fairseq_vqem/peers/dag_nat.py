@@ -16,11 +16,11 @@ from fairseq.models import register_model, register_model_architecture
 from fairseq.models.transformer import TransformerEncoderBase
 from torch import Tensor
 
+from fairseq_vqem.export.standalone.vertices import best_of_lengths
 from fairseq_vqem.modules.ctc import left_packed, upsample
 from fairseq_vqem.modules.dag import (
     Edges,
     GraphOutput,
-    best_of_lengths,
     lookahead,
     words_to_show,
 )
@@ -128,7 +128,8 @@ class DAGNAT(PeerModel):
         See `best_of_lengths`; ``penalty`` has nothing here to be taken from.
         """
         scores, symbols, edges, vertices = self.read(encoder_out)
-        paths, totals = best_of_lengths(edges, scores, vertices, width)
+        counts = vertices.sum(1).cpu().numpy()
+        paths, totals = best_of_lengths(edges.cpu().numpy(), scores.cpu().numpy(), counts, width)
         words = symbols.tolist()
         sentences = [
             [[row[vertex] for vertex in path] for path in found]

@@ -57,7 +57,7 @@ def check(run: Run) -> None:
         if not known or (kind.models and arch not in kind.models):
             raise UserError(
                 f"the engine {engine} of {name!r} cannot decode {system.model!r}: ctranslate2 takes"
-                " autoregressive models, exported takes vqem_transformer and ctc_nat"
+                " autoregressive models, exported takes vqem_transformer, ctc_nat and dag_nat"
             )
         try:
             check_options(system.options, system.task, run.device)

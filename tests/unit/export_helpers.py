@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from teacher_helpers import tiny_teacher
 
 from fairseq_vqem.corpora.subwords import SubwordModel
 from fairseq_vqem.export.artefact import write_artefact
@@ -115,3 +116,31 @@ def student_of(tiny: Any, seed: int = 3, **options: Any) -> VQEMTransformer:
         for parameter in student.latent_predictor.parameters():
             parameter.mul_(1.5)
     return student
+
+
+def peer_translator(
+    tiny: Any,
+    subwords: SubwordModel,
+    model: Any,
+    task: Any,
+    penalty: float,
+    *,
+    beam: int = 1,
+    teacher: bool = False,
+) -> Any:
+    """A model without latents as ``Translator.from_checkpoint`` has it."""
+    generation = SimpleNamespace(
+        iter_decode_eos_penalty=penalty,
+        iter_decode_with_beam=beam,
+        iter_decode_with_external_reranker=teacher,
+    )
+    models: list[Any] = [model]
+    if teacher:
+        models.append(tiny_teacher(tiny.task(), layers=2, normalize_before=True))
+    return SimpleNamespace(
+        models=models,
+        task=task,
+        generator=task.build_generator(models, generation),
+        subwords=subwords,
+        max_source_tokens=MAX_SOURCE - 1,  # beside BOS
+    )

@@ -7,6 +7,7 @@ import math
 from argparse import Namespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peer_helpers import (
@@ -25,10 +26,10 @@ from peer_helpers import (
 )
 from torch import Tensor
 
+from fairseq_vqem.export.standalone.vertices import best_of_lengths
 from fairseq_vqem.modules.dag import (
     Edges,
     GraphOutput,
-    best_of_lengths,
     best_path,
     fits,
     log_likelihood,
@@ -165,7 +166,8 @@ def test_lookahead_chooses_edge_and_word_together() -> None:
 def test_best_path_of_each_length(width: int) -> None:
     graph = random_graph(2)
     scores, words = likeliest_of(graph)
-    paths, totals = best_of_lengths(graph.edges, scores, graph.vertices, width)
+    counts = np.array(VERTICES)
+    paths, totals = best_of_lengths(graph.edges.detach().numpy(), scores.numpy(), counts, width)
     for row, count in enumerate(VERTICES):
         of_length = []
         for length in range(count - 1):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +20,7 @@ from export_helpers import (
     assert_same,
     exported,
     generated,
+    peer_translator,
     sentences,
     student_of,
     translator_of,
@@ -169,21 +169,7 @@ def ctc_translator(
 ) -> Any:
     """A random ``ctc_nat`` as ``Translator.from_checkpoint`` has it."""
     model, task = tiny_ctc_nat(tiny, **options)
-    generation = SimpleNamespace(
-        iter_decode_eos_penalty=penalty,
-        iter_decode_with_beam=beam,
-        iter_decode_with_external_reranker=teacher,
-    )
-    models: list[Any] = [model]
-    if teacher:
-        models.append(tiny_teacher(tiny.task(), layers=2, normalize_before=True))
-    return SimpleNamespace(
-        models=models,
-        task=task,
-        generator=task.build_generator(models, generation),
-        subwords=subwords,
-        max_source_tokens=MAX_SOURCE - 1,  # beside BOS
-    )
+    return peer_translator(tiny, subwords, model, task, penalty, beam=beam, teacher=teacher)
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -261,5 +247,5 @@ def test_ctc_nat_in_eight_bits(
 def test_other_peers_are_refused(tiny: Any, few_subwords: SubwordModel) -> None:
     translator = ctc_translator(tiny, few_subwords, 0.0)
     translator.models = [tiny_teacher(translator.task)]
-    with pytest.raises(UserError, match="Only vqem_transformer and ctc_nat"):
+    with pytest.raises(UserError, match="Only vqem_transformer, ctc_nat and dag_nat"):
         decoding_options(translator)

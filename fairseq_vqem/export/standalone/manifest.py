@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 FORMAT = "fairseq_vqem-export"
-FORMAT_VERSION = 5  # in which one graph searches for all codes
-EARLIER_VERSIONS = (3, 4)  # are read where there are no codes
+FORMAT_VERSION = 6  # which knows directed acyclic graphs
+EARLIER_VERSIONS = (5,)
+VERSIONS_WITHOUT_CODES = (3, 4)  # are read where there are no codes: one graph made each code
 MANIFEST = "manifest.json"
 GREEDY, BEAM = "greedy", "beam"  # the searches for codes
 SCORE = "score"  # the teacher's graph, where candidates are re-scored
@@ -38,15 +39,16 @@ class Options:
         stop_code: a code that ends the hypothesis (the EOS/PAD latent), or None.
         remove_repeats: collapse runs of one token.
         positions_per_code: output positions that one code covers.
-        codes: size of the codebook; 0 for a CTC model without latents.
+        codes: size of the codebook; 0 for a model without latents.
         max_source_tokens, max_target_tokens: positions the model has.
         collapse: words come from CTC frames: merge runs, then drop the blank, which is 0.
         candidates: code sequences decoded, or sentences found by the frame beam, of which the
             teacher chooses; 1 without a teacher.
         source_start: sources begin with the beginning-of-sentence symbol.
-        frame_beam: sentences kept by the prefix beam search over CTC frames; 1 takes the words of
-            the best path.
+        frame_beam: sentences kept by the prefix beam search over CTC frames, or lengths of paths
+            through a graph; 1 takes the words of the best frames, or of the path that looks ahead.
         length_reward: added to a beam's log-probability for each code.
+        graph: words come from the vertices of a directed acyclic graph.
 
     Raises:
         StandaloneError: the latent beam is not between the candidates and the number of codes.
@@ -68,6 +70,7 @@ class Options:
     source_start: bool = False
     frame_beam: int = 1
     length_reward: float = 0.0
+    graph: bool = False
 
     def __post_init__(self) -> None:
         if not self.codes:
@@ -127,11 +130,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if checksum != manifest_checksum(manifest):
         raise StandaloneError(f"{path} is damaged; copy the folder again.")
     if not _is_readable(manifest):
-        earlier = " and ".join(map(str, EARLIER_VERSIONS))
+        earlier = ", ".join(map(str, EARLIER_VERSIONS))
+        oldest = " and ".join(map(str, VERSIONS_WITHOUT_CODES))
         raise StandaloneError(
             f"{folder} has format {manifest.get('format')} {manifest.get('version')}, but this"
-            f" program reads {FORMAT} {FORMAT_VERSION}, and {earlier} without latents; use the"
-            " standalone program in that folder or export again."
+            f" program reads {FORMAT} {FORMAT_VERSION}, {earlier}, and {oldest} without latents;"
+            " use the standalone program in that folder or export again."
         )
     for name, expected in manifest["parts"].items():
         if not (folder / name).is_file():
@@ -144,9 +148,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def _is_readable(manifest: Mapping[str, Any]) -> bool:
     if manifest.get("format") != FORMAT:
         return False
-    if manifest.get("version") in EARLIER_VERSIONS:
+    if manifest.get("version") in VERSIONS_WITHOUT_CODES:
         return not manifest["decoding"]["codes"]
-    return manifest.get("version") == FORMAT_VERSION
+    return manifest.get("version") in (*EARLIER_VERSIONS, FORMAT_VERSION)
 
 
 def manifest_checksum(manifest: Mapping[str, Any]) -> str:

@@ -26,6 +26,7 @@ from .manifest import (
 )
 from .runtime import Graph, check_integer_products
 from .text import BOS, EOS, PAD, Dictionary, Subwords
+from .vertices import best_of_lengths, path_of
 
 MOST_CANDIDATE_TOKENS = 8192  # source tokens times candidates in a batch: logits are large
 DECODER_READS = ("tokens", "states", "source_bias")
@@ -145,7 +146,7 @@ class StandaloneTranslator:
         tokens = padded([[*start, *source] for source in sources])
         read = {"tokens": tokens, **self.graphs["encode"]({"tokens": tokens})}
         if not self.options.codes:
-            return self._read_frames(read)
+            return self._read_vertices(read) if self.options.graph else self._read_frames(read)
         lengths = [len(source) for source in sources]
         count = self.options.candidates
         codes = search_codes(self.graphs[self._search], read, self.options, lengths, forced)
@@ -168,6 +169,28 @@ class StandaloneTranslator:
             likeliest_sentences(blanks, symbols, scores, self.options.frame_beam)[0]
             for blanks, symbols, scores in zip(*frames, strict=True)
         ]
+        return self._chosen(source, searched)
+
+    def _read_vertices(self, source: Mapping[str, NDArray[Any]]) -> list[list[int]]:
+        """The sentence of each graph, or the one that the teacher prefers."""
+        found = self.graphs["decode"](source)
+        counts = found["frames"]
+        if self.options.frame_beam == 1:
+            ends = zip(found["following"].tolist(), (counts - 1).tolist(), strict=True)
+            paths = [[path_of(successors, end)] for successors, end in ends]
+        else:
+            arrays = (found["edges"], found["scores"], counts)
+            paths, _ = best_of_lengths(*arrays, self.options.frame_beam)
+        searched = [
+            [[words[vertex] for vertex in path] for path in each]
+            for words, each in zip(found["words"].tolist(), paths, strict=True)
+        ]
+        return self._chosen(source, searched)
+
+    def _chosen(
+        self, source: Mapping[str, NDArray[Any]], searched: Sequence[Sequence[list[int]]]
+    ) -> list[list[int]]:
+        """The first of each source's sentences, or the one that the teacher prefers."""
         candidates = [
             [self._output(words) for words in beams[: self.options.candidates]]
             for beams in searched
