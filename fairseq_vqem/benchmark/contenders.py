@@ -1,6 +1,6 @@
 """The systems of ``fairseq-vqem bench decoding``, each made to write a given number of subwords.
 
-CTC alone is not told: its work goes by the length of the source.
+CTC and DAG are not told: their work goes by the length of the source.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from fairseq_vqem.benchmark.engine_kinds import UnfitMachine, check_engine
 from fairseq_vqem.benchmark.engines import CTranslate2Engine, FairseqEngine
 from fairseq_vqem.benchmark.random_models import write_random_checkpoint
 
@@ -104,7 +105,7 @@ class ForcedStudent:
 
 
 class ForcedExported:
-    """The exported student, told how many latents to write, or a CTC model (without ``sizes``)."""
+    """The exported student, told how many latents to write, or CTC or DAG (without ``sizes``)."""
 
     def __init__(
         self, checkpoint: Path, data: Path, sizes: Sizes | None, weights: str, workers: int = 1
@@ -166,28 +167,32 @@ def make_contenders(
             title = f"CTranslate2 AR {2 * sizes.layers}-1 {compute_type}, greedy"
             rest = (compute_type, workers)
             add(title, "ctranslate2", ForcedCTranslate2, shallow, data, 1, *rest)
-    exports = _installed("onnx") and _installed("onnxruntime")
+    exports = exported_weights()
     for layers in sizes.latent_layers:
         student = write(f"student{layers}", _student_words(sizes, layers))
         name = f"VQ-EM, {layers}-layer predictor"
         if workers == 1:
             add(f"{name}, PyTorch", "fairseq", ForcedStudent, student, data, sizes)
-        for weights in ("float32", "int8") if exports else ():
+        for weights in exports:
             title, rest = f"{name}, exported {weights}", (weights, workers)
             add(title, "exported", ForcedExported, student, data, sizes, *rest)
-    ctc = write("ctc", _ctc_words(sizes))
-    for weights in ("float32", "int8") if exports else ():
-        add(
-            f"CTC, exported {weights}",
-            "exported",
-            ForcedExported,
-            ctc,
-            data,
-            None,
-            weights,
-            workers,
-        )
+    for name, words in (("CTC", _ctc_words(sizes)), ("DAG", _dag_words(sizes))):
+        peer = write(name.lower(), words)
+        for weights in exports:
+            title, rest = f"{name}, exported {weights}", (weights, workers)
+            add(title, "exported", ForcedExported, peer, data, None, *rest)
     return found
+
+
+def exported_weights() -> tuple[str, ...]:
+    """The weights with which this machine can have exports."""
+    if not (_installed("onnx") and _installed("onnxruntime")):
+        return ()
+    try:
+        check_engine("exported", "cpu", "int8")
+    except UnfitMachine:
+        return ("float32",)
+    return ("float32", "int8")
 
 
 def _written_once(folder: Path, data: Path, seed: int, name: str, words: Sequence[str]) -> Path:
@@ -213,6 +218,11 @@ def _student_words(sizes: Sizes, latent_layers: int) -> list[str]:
 
 def _ctc_words(sizes: Sizes) -> list[str]:
     words = ["--task", "translation_nat", "--criterion", "ctc_nat_loss", "--arch", "ctc_nat"]
+    return [*words, "--share-all-embeddings", *_parallel_words(sizes)]
+
+
+def _dag_words(sizes: Sizes) -> list[str]:
+    words = ["--task", "translation_nat", "--criterion", "dag_nat_loss", "--arch", "dag_nat"]
     return [*words, "--share-all-embeddings", *_parallel_words(sizes)]
 
 

@@ -1,8 +1,8 @@
 """``fairseq-vqem bench decoding``: translation at base size, random weights, given lengths.
 
 What a system costs depends on its size and on the lengths it writes, not on what it has learned.
-Every system here writes as many subwords as the reference of each sentence has, but CTC, whose work
-goes by the length of the source.
+Every system here writes as many subwords as the reference of each sentence has, but CTC and DAG,
+whose work goes by the length of the source.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from fairseq_vqem.benchmark.contenders import (
     Contender,
     ForcedExported,
     Sizes,
+    exported_weights,
     make_contenders,
 )
 from fairseq_vqem.benchmark.engine_kinds import engine_versions
@@ -265,6 +266,8 @@ def _run(arguments: argparse.Namespace) -> int:
         compress_steps=arguments.compress_steps,
     )
     workload = read_workload(arguments.data, arguments.sentences)
+    if exported_weights() == ("float32",):
+        _announce("no exports with int8 weights, for this processor lacks VNNI")
     with tempfile.TemporaryDirectory() as folder:
         data = widen_vocabulary(arguments.data, arguments.vocabulary, Path(folder) / "data")
         make = partial(make_contenders, sizes, data, Path(folder), arguments.seed)

@@ -31,6 +31,10 @@ class EngineKind:
     """Whether each of its models needs a process of its own, for their threads disturb others."""
 
 
+class UnfitMachine(UserError):
+    """What no installation mends: this machine has not what an engine needs."""
+
+
 ENGINES: dict[str, EngineKind] = {
     "fairseq": EngineKind(),
     "ctranslate2": EngineKind(
@@ -64,7 +68,9 @@ def engine_kind(name: str) -> EngineKind:
 
 
 def check_engine(name: str, device: str, weights: str = "float32") -> None:
-    """Raise UserError if there is no such engine, or it is not installed, or not fit.
+    """Raise UserError if there is no such engine or it is not installed.
+
+    `UnfitMachine` if this machine cannot have it.
 
     Args:
         device: where it is to run.
@@ -72,13 +78,13 @@ def check_engine(name: str, device: str, weights: str = "float32") -> None:
     """
     kind = engine_kind(name)
     if name == "exported" and device != "cpu":
-        raise UserError("the engine exported runs on the CPU only: leave such rows out")
+        raise UnfitMachine("the engine exported runs on the CPU only: leave such rows out")
     need_packages(f"the engine {name}", *kind.packages)
     if name == "ctranslate2" and device != "cpu":
         import ctranslate2
 
         if not ctranslate2.get_cuda_device_count():
-            raise UserError("CTranslate2 finds no GPU: leave such rows out, or use --device cpu")
+            raise UnfitMachine("CTranslate2 finds no GPU: leave such rows out, or use --device cpu")
     if name == "exported":
         from fairseq_vqem.export.artefact import need_integer_products
         from fairseq_vqem.export.command import WEIGHTS
@@ -86,7 +92,10 @@ def check_engine(name: str, device: str, weights: str = "float32") -> None:
         if weights not in WEIGHTS:
             raise UserError(f"weights are {weights!r}: choose {' or '.join(WEIGHTS)}")
         if weights == "int8":
-            need_integer_products()
+            try:
+                need_integer_products()
+            except UserError as error:
+                raise UnfitMachine(str(error)) from error
 
 
 def unknown_options(options: Mapping[str, Any], task: str) -> list[str]:

@@ -20,6 +20,7 @@ from fairseq_vqem.pipeline import stages
 from fairseq_vqem.pipeline.checks import check
 from fairseq_vqem.pipeline.command import add_arguments, read_run, train_all
 from fairseq_vqem.pipeline.report import HYPOTHESES
+from fairseq_vqem.pipeline.unfit import left_out_note
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -99,7 +100,7 @@ def compare(run: stages.Run, settings: Settings) -> str:
         trainings=trainings,
     )
     tables = [table, *further.values()]
-    parts = [overlap_note(result["test_overlap"])]
+    parts = [overlap_note(result["test_overlap"]), left_out_note(run.left_out)]
     parts += [render_table(each, result["signature"]) for each in tables]
     text = "\n\n".join(part for part in parts if part)
     with replacing(folder / "compare.md") as temporary:

@@ -14,6 +14,7 @@ from fairseq_vqem.benchmark.tables import ResultTable, table_cells
 from fairseq_vqem.compare.fairness import overlap_note
 from fairseq_vqem.compare.further import Curve
 from fairseq_vqem.corpora.files import replacing
+from fairseq_vqem.pipeline.unfit import left_out_note
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem; }
@@ -63,7 +64,8 @@ def write_page(
         " Latency: median per sentence at batch size 1, systems taking turns, with its 95 %"
         " bootstrap interval over sentences. Grey lines join the ways to decode one model.</p>"
     )
-    parts += [f"<p>{note}</p>" for note in [overlap_note(result["test_overlap"])] if note]
+    notes = [overlap_note(result["test_overlap"]), left_out_note(result["left_out"])]
+    parts += [f"<p>{html.escape(note)}</p>" for note in notes if note]
     for heading, other in further.items():
         parts += [f"<h2>{html.escape(heading)}</h2>", _table(other)]
     parts += [f"<figure><h2>{name}</h2>{_svg(draw)}</figure>" for name, draw in plots]

@@ -113,6 +113,7 @@ def make_table(findings: Findings) -> tuple[ResultTable, dict[str, Any]]:
         "timings_signature": findings.timings["signature"],
         "same_output_timed_and_scored": dict(findings.same_outputs),
         "test_overlap": check_no_leak(run.raw, languages(run.data)[0], allowed=True),
+        "left_out": dict(run.left_out),
         "models": {name: system.model for name, system in findings.systems.items()},
         "training": training,
         "code_counts": usage(findings),

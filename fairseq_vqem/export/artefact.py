@@ -13,6 +13,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
+import onnx
+import onnxruntime
+
 import fairseq_vqem
 from fairseq_vqem.corpora.files import file_sha256
 from fairseq_vqem.errors import UserError
@@ -148,6 +151,7 @@ def write_manifest(
         "format": manifest.FORMAT,
         "version": manifest.FORMAT_VERSION,
         "made_by": f"fairseq_vqem {fairseq_vqem.__version__}",
+        "made_with": {each.__name__: each.__version__ for each in (onnx, onnxruntime)},
         "weights": weights,
         "decoding": asdict(options),
         "dictionaries": DICTIONARIES,

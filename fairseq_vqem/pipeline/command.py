@@ -14,6 +14,7 @@ from fairseq_vqem.pipeline.checks import check
 from fairseq_vqem.pipeline.distilling import distill
 from fairseq_vqem.pipeline.recipe import read_recipe
 from fairseq_vqem.pipeline.report import write_report
+from fairseq_vqem.pipeline.unfit import fitting, left_out_note
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -35,7 +36,10 @@ def read_run(arguments: argparse.Namespace) -> stages.Run:
     """The recipe, where its results go and on what device."""
     recipe = read_recipe(arguments.recipe, arguments.scale)
     software()  # of the code as it is loaded, before hours of training
-    return stages.Run(recipe, arguments.out.resolve(), arguments.device)
+    recipe, left_out = fitting(recipe, arguments.device)
+    if left_out:
+        print(left_out_note(left_out), flush=True)
+    return stages.Run(recipe, arguments.out.resolve(), arguments.device, left_out)
 
 
 def train_all(run: stages.Run) -> None:

@@ -34,6 +34,7 @@ from fairseq_vqem.pipeline.stages import (
     systems,
 )
 from fairseq_vqem.pipeline.training import FINISHED, LOG, parse_line, read_log
+from fairseq_vqem.pipeline.unfit import left_out_note
 
 COLUMNS = (
     "system",
@@ -87,11 +88,12 @@ def write_report(run: Run) -> str:
         threads=read_json(latency)["threads"],
         distillation=[read_json(report) for report in reports if report.is_file()],
         recipe=asdict(run.recipe),
+        left_out=dict(run.left_out),
     )
     texts = {"source": sources, "reference": references, **hypotheses}
     write_columns(run.out / HYPOTHESES, texts)
     curves = draw_curves(run, run.out / "curves.png")
-    text = [render_table(table, asdict(signature)), ""]
+    text = [render_table(table, asdict(signature)), left_out_note(run.left_out), ""]
     text += examples(sources, references, hypotheses, students)
     text += ["", f"Training curves: {curves}", f"Results: {run.out / 'result.json'}"]
     return "\n".join(text)

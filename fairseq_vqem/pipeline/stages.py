@@ -6,8 +6,8 @@ import inspect
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,8 @@ class Run:
     recipe: Recipe
     out: Path
     device: str
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """Rows of the recipe that this machine cannot have, and why."""
 
     def __post_init__(self) -> None:
         checked_device(self.device)  # fairseq-train would silently take the CPU

@@ -13,6 +13,7 @@ import pytest
 from fairseq.data import Dictionary
 from test_api import make_data
 
+from fairseq_vqem.benchmark import contenders
 from fairseq_vqem.benchmark.contenders import (
     AR_BEAM,
     CT2_BEAM,
@@ -21,6 +22,7 @@ from fairseq_vqem.benchmark.contenders import (
     ForcedStudent,
     Sizes,
     _ar_words,
+    exported_weights,
     make_contenders,
 )
 from fairseq_vqem.benchmark.decoding import (
@@ -29,6 +31,7 @@ from fairseq_vqem.benchmark.decoding import (
     read_workload,
     time_graphs,
 )
+from fairseq_vqem.benchmark.engine_kinds import UnfitMachine
 from fairseq_vqem.benchmark.random_models import widen_vocabulary
 from fairseq_vqem.benchmark.tables import read_table
 from fairseq_vqem.cli import main
@@ -72,15 +75,14 @@ def test_vocabulary_is_widened(data: Path, tmp_path: Path) -> None:
         widen_vocabulary(data, 10, tmp_path / "narrow")
 
 
-@pytest.mark.int8
 def test_contenders_obey_the_length(data: Path, tmp_path: Path) -> None:
-    contenders = make_contenders(SIZES, data, tmp_path, seed=1)
+    made = make_contenders(SIZES, data, tmp_path, seed=1)
     outputs: dict[str, list[tuple[int, ...]]] = {}
-    for name, builder in contenders.items():
+    for name, builder in made.items():
         contender = builder(1)
         for length in (1, 5, 12):
             call = contender.prepare(["the cat", "the dog sees the cow"], length)
-            if name.startswith("CTC"):  # goes by the length of the source
+            if name.startswith(("CTC", "DAG")):  # goes by the length of the source
                 words = [tuple(map(int, output)) for output in call()]
                 assert outputs.setdefault(name, words) == words
                 continue
@@ -96,9 +98,23 @@ def test_contenders_obey_the_length(data: Path, tmp_path: Path) -> None:
                 assert codes_of(generator, contender, batch) == SIZES.codes(length)
             else:
                 assert written == [length, length], name
-    assert isinstance(contenders[AR_BEAM](1), ForcedFairseqAR)
-    if find_spec("onnxruntime"):
-        assert {f"CTC, exported {weights}" for weights in ("float32", "int8")} == set(outputs)
+    assert isinstance(made[AR_BEAM](1), ForcedFairseqAR)
+    titles = [f"{peer}, exported {{}}" for peer in ("CTC", "DAG")]
+    assert {title.format(each) for title in titles for each in exported_weights()} == set(outputs)
+
+
+def test_exports_that_the_processor_cannot_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    if find_spec("onnx") is None or find_spec("onnxruntime") is None:
+        assert exported_weights() == ()
+        return
+    monkeypatch.setattr(contenders, "check_engine", lambda *_: None)
+    assert exported_weights() == ("float32", "int8")
+
+    def refuse(*_: str) -> None:
+        raise UnfitMachine("lacks VNNI")
+
+    monkeypatch.setattr(contenders, "check_engine", refuse)
+    assert exported_weights() == ("float32",)
 
 
 def test_the_shallow_model_has_the_depth_in_its_encoder() -> None:

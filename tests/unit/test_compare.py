@@ -236,6 +236,7 @@ def test_page_needs_nothing_else(tmp_path: Path) -> None:
         "signature": {"commit": "abc"},
         "timings_signature": {"commit": "def"},
         "test_overlap": 2,
+        "left_out": {"b": "this machine lacks <it>"},
     }
     seconds = {row.system: np.full((2, 3), 0.01) for row in rows}
     texts = {name: ["one", "two & three", "four"] for name in ("source", "reference", "nat")}
@@ -245,6 +246,7 @@ def test_page_needs_nothing_else(tmp_path: Path) -> None:
     write_page(tmp_path / "page.html", *given, trainings)
     page = (tmp_path / "page.html").read_text("utf-8")
     assert "2 different test sentences are in the training" in page
+    assert "Left out on this machine: &#x27;b&#x27; (this machine lacks &lt;it&gt;)." in page
     assert "+0.25" in page and "<h2>Pairs &amp; more</h2>" in page
     assert page.count("<svg") == 4 and "a &lt;b&gt;" in page and "two &amp; three" in page
     assert not re.search(r"(src|href)=\"http|<script|@import|url\(http", page)

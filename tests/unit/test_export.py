@@ -241,7 +241,7 @@ def test_unfit_students_are_refused(tiny: Any, few_subwords: SubwordModel) -> No
     teacher = SimpleNamespace(
         models=[student], generator=object(), task=None, max_source_tokens=MAX_SOURCE
     )
-    with pytest.raises(UserError, match="Only vqem_transformer and ctc_nat"):
+    with pytest.raises(UserError, match="Only vqem_transformer, ctc_nat and dag_nat"):
         decoding_options(teacher)  # type: ignore[arg-type]
     translator = translator_of(tiny, student, few_subwords, "greedy")
     translator.models = [student, student]

@@ -149,7 +149,9 @@ def _is_readable(manifest: Mapping[str, Any]) -> bool:
     if manifest.get("format") != FORMAT:
         return False
     if manifest.get("version") in VERSIONS_WITHOUT_CODES:
-        return not manifest["decoding"]["codes"]
+        decoding = manifest["decoding"]
+        fits = manifest["version"] > 3 or decoding["candidates"] == 1  # scored word by word then
+        return fits and not decoding["codes"]
     return manifest.get("version") in (*EARLIER_VERSIONS, FORMAT_VERSION)
 
 
