@@ -267,7 +267,7 @@ def _run(arguments: argparse.Namespace) -> int:
     )
     workload = read_workload(arguments.data, arguments.sentences)
     if exported_weights() == ("float32",):
-        _announce("no exports with int8 weights, for this processor lacks VNNI")
+        print("no exports with int8 weights: this processor lacks VNNI", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         data = widen_vocabulary(arguments.data, arguments.vocabulary, Path(folder) / "data")
         make = partial(make_contenders, sizes, data, Path(folder), arguments.seed)

@@ -78,13 +78,13 @@ def check_engine(name: str, device: str, weights: str = "float32") -> None:
     """
     kind = engine_kind(name)
     if name == "exported" and device != "cpu":
-        raise UnfitMachine("the engine exported runs on the CPU only: leave such rows out")
+        raise UnfitMachine("the engine exported runs on the CPU only")
     need_packages(f"the engine {name}", *kind.packages)
     if name == "ctranslate2" and device != "cpu":
         import ctranslate2
 
         if not ctranslate2.get_cuda_device_count():
-            raise UnfitMachine("CTranslate2 finds no GPU: leave such rows out, or use --device cpu")
+            raise UnfitMachine("CTranslate2 finds no GPU")
     if name == "exported":
         from fairseq_vqem.export.artefact import need_integer_products
         from fairseq_vqem.export.command import WEIGHTS

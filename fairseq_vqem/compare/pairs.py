@@ -71,7 +71,12 @@ def _run(arguments: argparse.Namespace) -> int:
     if not pairs:
         raise UserError(f"{arguments.recipe} names no pairs under compare: add some")
     texts = read_columns(arguments.translations)
-    missing = [name for name in (REFERENCE, *chain(*pairs)) if name not in texts]
+    absent = sorted({name for name in chain(*pairs) if name not in texts})
+    kept = [pair for pair in pairs if not set(pair) & set(absent)]
+    if kept and absent:  # rows that the machine of the report could not have
+        print(f"not in {arguments.translations}, and left out: {', '.join(map(repr, absent))}")
+    missing = [REFERENCE] * (REFERENCE not in texts) + ([] if kept else absent)
+    pairs = kept
     if missing:
         raise UserError(
             f"{arguments.translations} lacks {missing[0]!r}: give the translations of a report of"

@@ -40,7 +40,7 @@ class DAGGraphs(ParallelGraphs):
 
     def decode(self) -> onnx.ModelProto:
         """Sources ``tokens`` ``[B, S]`` and their states to the ``words`` ``[B, T]`` of the
-        vertices, how many of these are real, ``frames`` ``[B]``, and which vertex comes after
+        vertices, how many of these are real, ``vertices`` ``[B]``, and which vertex comes after
         each, ``following`` ``[B, T]``, or else ``scores`` ``[B, T]`` and ``edges`` ``[B, T, T]``.
         """
         graph = self.builder("decode")
@@ -48,7 +48,7 @@ class DAGGraphs(ParallelGraphs):
         mask = graph.op("Cast", real, to=TensorProto.FLOAT)
         states = self.decoder_states(graph, x, mask, self.max_source * self.model.scale)
         counts = graph.op("ReduceSum", real, np.array([1, 2]), keepdims=0)
-        graph.output("frames", counts, np.int64, ["B"])
+        graph.output("vertices", counts, np.int64, ["B"])
         kept, places = self.at_real(graph, states, mask)
         words, scores = self.scored_words(graph, kept)
         words = self.spread(graph, words, places, mask, TensorProto.INT64)

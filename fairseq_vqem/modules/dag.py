@@ -67,17 +67,22 @@ class Edges(nn.Module):
             vertices: ``[B, L]`` true at real vertices, which come first.
         """
         x = torch.cat([states, positions], -1)
-        query, key = (
-            layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2).float()
-            for layer in (self.query, self.key)
-        )
-        scores = query @ key.transpose(2, 3) / math.sqrt(key.size(-1))  # [B, H, L, L]
-        later = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1)
-        possible = later & vertices.unsqueeze(1) & vertices.unsqueeze(2)
-        scores = torch.log_softmax(scores.masked_fill(~possible.unsqueeze(1), NEVER), -1)
-        weights = torch.log_softmax(self.gate(x).float(), -1).transpose(1, 2)
-        mixed = torch.logsumexp(scores + weights.unsqueeze(-1), 1)
-        return mixed.masked_fill(~possible, float("-inf"))
+        query, key, gate = (layer(x).float() for layer in (self.query, self.key, self.gate))
+        with torch.autocast(x.device.type, enabled=False):
+            return mixed_edges(query, key, gate, vertices)
+
+
+def mixed_edges(query: Tensor, key: Tensor, gate: Tensor, vertices: Tensor) -> Tensor:
+    """`Edges.forward` of projected vertices: ``[B, L, D]`` twice, and ``[B, L, H]``."""
+    heads = gate.size(-1)
+    query, key = (each.unflatten(-1, (heads, -1)).transpose(1, 2) for each in (query, key))
+    scores = query @ key.transpose(2, 3) / math.sqrt(key.size(-1))  # [B, H, L, L]
+    later = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1)
+    possible = later & vertices.unsqueeze(1) & vertices.unsqueeze(2)
+    scores = torch.log_softmax(scores.masked_fill(~possible.unsqueeze(1), NEVER), -1)
+    weights = torch.log_softmax(gate, -1).transpose(1, 2)
+    mixed = torch.logsumexp(scores + weights.unsqueeze(-1), 1)
+    return mixed.masked_fill(~possible, float("-inf"))
 
 
 def word_scores(logits: Tensor, words: Tensor) -> Tensor:
@@ -101,9 +106,17 @@ def log_likelihood(edges: Tensor, scores: Tensor, counts: Tensor, vertices: Tens
         counts: how many of the words are a sentence's, ``[B]``.
         vertices: ``[B, L]``.
 
+    A path that is e^87 times less probable than the best one of as many words is lost, even if it
+    would be the better one in the end.
+
     Returns:
         Arbitrary where the words do not fit, see `fits`.
     """
+    with torch.autocast(edges.device.type, enabled=False):
+        return _log_likelihood(edges.float(), scores.float(), counts, vertices)
+
+
+def _log_likelihood(edges: Tensor, scores: Tensor, counts: Tensor, vertices: Tensor) -> Tensor:
     ends = vertices.sum(1, keepdim=True) - 1
     place = torch.arange(edges.size(1), device=edges.device)
     possible = edges.isfinite()

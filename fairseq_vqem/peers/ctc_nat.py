@@ -117,8 +117,8 @@ class CTCNAT(PeerModel):
         log_probabilities, frames = self.read(encoder_out, penalty)
         blanks = log_probabilities[..., self.blank].clone()
         log_probabilities[..., self.blank] = float("-inf")
-        count = min(SYMBOLS_PER_FRAME, log_probabilities.size(2))
-        scores, symbols = log_probabilities.topk(count, -1)
+        offered = min(SYMBOLS_PER_FRAME, log_probabilities.size(2))
+        scores, symbols = log_probabilities.topk(offered, -1)
         arrays = [each.cpu().numpy() for each in (blanks, symbols, scores)]
         found = [
             likeliest_sentences(blank[:count], words[:count], each[:count], width)

@@ -59,7 +59,7 @@ class OwnSearchGenerator(ParallelGenerator):
         Args:
             score: log-probability of the sentence. It has no parts: each token is given the same
                 share, so that the record's score, their mean as everywhere in fairseq, is that of
-                one token. Without a teacher the most probable sentence is chosen all the same.
+                one token. Without a teacher the search's first sentence is chosen all the same.
         """
         tokens = torch.tensor([self.bos, *words, self.eos])
         shares = torch.full(tokens.shape, score / len(tokens))

@@ -36,10 +36,10 @@ def read_run(arguments: argparse.Namespace) -> stages.Run:
     """The recipe, where its results go and on what device."""
     recipe = read_recipe(arguments.recipe, arguments.scale)
     software()  # of the code as it is loaded, before hours of training
-    recipe, left_out = fitting(recipe, arguments.device)
-    if left_out:
-        print(left_out_note(left_out), flush=True)
-    return stages.Run(recipe, arguments.out.resolve(), arguments.device, left_out)
+    run = fitting(stages.Run(recipe, arguments.out.resolve(), arguments.device))
+    if run.left_out:
+        print(left_out_note(run.left_out), flush=True)
+    return run
 
 
 def train_all(run: stages.Run) -> None:

@@ -5,51 +5,66 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from fairseq_vqem.benchmark.engine_kinds import UnfitMachine, check_engine
-from fairseq_vqem.pipeline.recipe import Options, Recipe
+from fairseq_vqem.errors import UserError
+from fairseq_vqem.pipeline.recipe import Options
+from fairseq_vqem.pipeline.stages import Run, systems
 
-LISTS = ("summary", "baselines", "sampled")  # of rows, among the options of compare
+BASELINES = "baselines"
+LISTS = ("summary", BASELINES, "sampled")  # of rows, among the options of compare
 
 
-def fitting(recipe: Recipe, device: str) -> tuple[Recipe, dict[str, str]]:
-    """``recipe`` without the variants that the machine cannot decode, and why not each of those.
+def fitting(run: Run) -> Run:
+    """``run`` without the variants that this machine cannot decode, ``left_out`` with the reasons.
 
     Their pairs, groups and places in the summary go with them. What can be installed is not left
     out: `checks.check` says how.
 
-    Args:
-        device: cpu or cuda.
+    Raises:
+        UserError: what the comparison refers to is among them.
     """
     reasons: dict[str, str] = {}
-    for name, options in recipe.variants.items():
-        if "engine" not in options:
-            continue
+    for name, system in systems(run).items():
+        engine, weights = system.options.get("engine", "fairseq"), system.options.get("weights")
         try:
-            check_engine(options["engine"], device, str(options.get("weights") or "float32"))
+            check_engine(engine, run.device, str(weights or "float32"))
         except UnfitMachine as error:
-            reasons[name] = str(error)
+            if name in run.recipe.variants:
+                reasons[name] = str(error)
     if not reasons:
-        return recipe, {}
-    variants = {name: each for name, each in recipe.variants.items() if name not in reasons}
-    compare = _without(recipe.compare, reasons)
-    return replace(recipe, variants=variants, compare=compare), reasons
+        return run
+    variants = {name: each for name, each in run.recipe.variants.items() if name not in reasons}
+    compare = _without(run.recipe.compare, reasons)
+    recipe = replace(run.recipe, variants=variants, compare=compare)
+    return replace(run, recipe=recipe, left_out=reasons)
 
 
 def _without(compare: Options, reasons: Mapping[str, str]) -> Options:
-    found = dict(compare)
+    """``compare`` without rows that are left out; what is no such option stays as it is."""
+    found, gone = dict(compare), list(reasons)
+    if (reference := found.get("reference")) in gone:
+        raise UserError(f"the compare option reference is {reference!r}: {reasons[reference]}")
     for option in LISTS:
-        if found.get(option):
-            found[option] = [name for name in found[option] if name not in reasons]
-    if found.get("pairs"):
-        found["pairs"] = [pair for pair in found["pairs"] if not set(pair) & set(reasons)]
-    if found.get("groups"):
-        groups = {
-            title: [name for name in names if name not in reasons]
-            for title, names in found["groups"].items()
+        if isinstance(given := found.get(option), list):
+            found[option] = [name for name in given if name not in gone]
+            if option == BASELINES and given and not found[option]:
+                raise UserError(f"of the baselines {given[0]!r} cannot be: {reasons[given[0]]}")
+    if isinstance(pairs := found.get("pairs"), list):
+        found["pairs"] = [pair for pair in pairs if _remaining(pair, gone) == pair]
+    if isinstance(groups := found.get("groups"), dict):
+        remaining = {title: _remaining(names, gone) for title, names in groups.items()}
+        found["groups"] = {
+            title: names
+            for title, names in remaining.items()
+            if names == groups[title] or len(names) > 1
         }
-        found["groups"] = {title: names for title, names in groups.items() if len(names) > 1}
     return found
+
+
+def _remaining(names: Any, gone: list[str]) -> Any:
+    return [name for name in names if name not in gone] if isinstance(names, list) else names
 
 
 def left_out_note(reasons: Mapping[str, str]) -> str:

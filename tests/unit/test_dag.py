@@ -126,6 +126,29 @@ def test_gradients_are_those_of_the_enumeration_and_finite(spread: float) -> Non
         assert torch.allclose(mine, by_hand, atol=1e-4)
 
 
+def test_autocast_does_not_reach_the_likelihood() -> None:
+    graph = random_graph(3)
+    scores = word_scores(graph.logits, graph.words)
+    wanted = log_likelihood(graph.edges, scores, graph.counts, graph.vertices)
+    module, states = Edges(8, 2), torch.randn(2, 5, 8)
+    real = torch.ones(2, 5, dtype=torch.bool)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = log_likelihood(graph.edges, scores, graph.counts, graph.vertices)
+        edges = module(states, states, real)
+    assert torch.equal(found, wanted)
+    assert edges.dtype == torch.float32
+    assert torch.allclose(edges, module(states, states, real), atol=0.1)
+    assert torch.allclose(edges.exp()[:, :-1].sum(2), torch.ones(2, 4), atol=1e-5)
+
+
+def test_probabilities_that_are_no_numbers_end_the_path() -> None:
+    nothing = torch.full((1, 4, 4), math.nan)
+    vertices = torch.ones(1, 4, dtype=torch.bool)
+    assert lookahead(nothing, nothing[0, :1], vertices) == [[]]
+    paths, _ = best_of_lengths(nothing.numpy(), nothing[0, :1].numpy(), np.array([4]), 2)
+    assert paths == [[[], []]]
+
+
 def test_best_path_is_the_likeliest_of_all() -> None:
     for seed in range(5):
         graph = random_graph(seed)

@@ -8,77 +8,112 @@ from typing import Any
 import pytest
 
 from fairseq_vqem.benchmark.engine_kinds import UnfitMachine
+from fairseq_vqem.compare.settings import read_settings
 from fairseq_vqem.errors import UserError
-from fairseq_vqem.pipeline import unfit
-from fairseq_vqem.pipeline.recipe import Recipe, read_recipe
+from fairseq_vqem.pipeline import stages, unfit
+from fairseq_vqem.pipeline.recipe import Options, Recipe, read_recipe
+from fairseq_vqem.pipeline.stages import Run, systems
 from fairseq_vqem.pipeline.unfit import fitting, left_out_note
 
 ROOT = Path(__file__).parents[2]
 SMALL, LARGE = "student, exported int8", "student, exported float32"
+RECIPES = ("recipe", "seeds", "more", "peers", "dag")
 
 
-def recipe_of(**compare: Any) -> Recipe:
+def run_of(device: str = "cpu", generate: Options | None = None, **compare: Any) -> Run:
     exported = {"student": "student", "engine": "exported"}
-    return Recipe(
+    recipe = Recipe(
         name="test",
         prepare={},
         common={},
         teacher={},
-        students={"student": {}},
+        students={"student": {"generate": generate or {}}},
         variants={
             LARGE: exported,
             SMALL: {**exported, "weights": "int8"},
-            "student, beam": {"student": "student", "latent_beam": 5},
+            "student, beam": {"student": "student", "latent_beam": 5, "engine": None},
         },
         compare=compare,
     )
+    run = Run(recipe, Path("out"), "cpu")
+    object.__setattr__(run, "device", device)  # whether there is a GPU here or not
+    return run
 
 
 @pytest.fixture
 def without_vnni(monkeypatch: pytest.MonkeyPatch) -> None:
     def check(engine: str, device: str, weights: str) -> None:
-        if device == "cuda":
+        if engine == "exported" and device == "cuda":
             raise UnfitMachine("on the CPU only")
-        if weights == "int8":
+        if engine == "exported" and weights == "int8":
             raise UnfitMachine("lacks VNNI")
 
     monkeypatch.setattr(unfit, "check_engine", check)
+    monkeypatch.setattr(stages, "checked_device", lambda device: device)
 
 
 @pytest.mark.usefixtures("without_vnni")
 def test_unfit_rows_go_with_all_that_names_them() -> None:
-    recipe = recipe_of(
+    run = run_of(
         summary=["teacher, greedy", SMALL, LARGE],
-        baselines=["teacher, beam 4"],
+        baselines=["teacher, beam 4", SMALL],
         pairs=[[SMALL, LARGE], [LARGE, "student"]],
         groups={"one": [SMALL, LARGE], "two": [SMALL, LARGE, "student"]},
         batch_sizes=[8],
     )
-    found, reasons = fitting(recipe, "cpu")
-    assert list(found.variants) == [LARGE, "student, beam"]
-    assert found.compare == {
+    found = fitting(run)
+    assert list(found.recipe.variants) == [LARGE, "student, beam"]
+    assert found.recipe.compare == {
         "summary": ["teacher, greedy", LARGE],
         "baselines": ["teacher, beam 4"],
         "pairs": [[LARGE, "student"]],
         "groups": {"two": [LARGE, "student"]},
         "batch_sizes": [8],
     }
-    assert left_out_note(reasons) == f"Left out on this machine: '{SMALL}' (lacks VNNI)."
-    assert list(recipe.variants) == [LARGE, SMALL, "student, beam"]  # as it was
+    assert left_out_note(found.left_out) == f"Left out on this machine: '{SMALL}' (lacks VNNI)."
+    assert list(run.recipe.variants) == [LARGE, SMALL, "student, beam"]  # as it was
 
 
 @pytest.mark.usefixtures("without_vnni")
 def test_rows_of_one_reason_are_named_together() -> None:
-    found, reasons = fitting(recipe_of(), "cuda")
-    assert list(found.variants) == ["student, beam"]
-    note = left_out_note(reasons)
+    found = fitting(run_of("cuda"))
+    assert list(found.recipe.variants) == ["student, beam"]
+    note = left_out_note(found.left_out)
     assert note == f"Left out on this machine: '{LARGE}', '{SMALL}' (on the CPU only)."
+
+
+@pytest.mark.usefixtures("without_vnni")
+def test_a_weight_that_is_inherited_counts() -> None:
+    found = fitting(run_of(generate={"weights": "int8"}))
+    assert list(found.recipe.variants) == ["student, beam"]
+    assert list(found.left_out) == [LARGE, SMALL]
+
+
+@pytest.mark.usefixtures("without_vnni")
+@pytest.mark.parametrize(
+    ("compare", "message"),
+    [
+        ({"reference": SMALL}, f"reference is '{SMALL}': lacks VNNI"),
+        ({"baselines": [SMALL]}, f"of the baselines '{SMALL}' cannot be: lacks VNNI"),
+    ],
+)
+def test_what_all_is_compared_with_cannot_be_left_out(
+    compare: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        fitting(run_of(**compare))
+
+
+@pytest.mark.usefixtures("without_vnni")
+def test_what_is_no_such_option_is_left_to_the_settings() -> None:
+    wrong = {"summary": 3, "pairs": [3, ["student"]], "groups": {"one": ["student"], "two": 3}}
+    assert fitting(run_of(**wrong)).recipe.compare == wrong
 
 
 def test_what_fits_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(unfit, "check_engine", lambda *_: None)
-    recipe = recipe_of(pairs=[[SMALL, LARGE]])
-    assert fitting(recipe, "cpu") == (recipe, {})
+    run = run_of(pairs=[[SMALL, LARGE]])
+    assert fitting(run) is run
     assert left_out_note({}) == ""
 
 
@@ -88,14 +123,19 @@ def test_what_can_be_installed_is_an_error(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(unfit, "check_engine", check)
     with pytest.raises(UserError, match="pip install it"):
-        fitting(recipe_of(), "cpu")
+        fitting(run_of())
+
+
+NAMES = ("compare/quick", "compare/full", *(f"debian-en-fr/{name}" for name in RECIPES))
 
 
 @pytest.mark.usefixtures("without_vnni")
-@pytest.mark.parametrize("name", ["compare/quick", "compare/full", "debian-en-fr/recipe"])
+@pytest.mark.parametrize("name", NAMES)
 def test_recipes_stay_whole(name: str) -> None:
     """Nothing that is left names what is left out."""
-    found, reasons = fitting(read_recipe(ROOT / "recipes" / f"{name}.yaml"), "cpu")
-    assert reasons
-    assert not set(reasons) & set(found.variants)
-    assert not any(row in str(found.compare) for row in reasons)
+    recipe = read_recipe(ROOT / "recipes" / f"{name}.yaml")
+    found = fitting(Run(recipe, Path("out"), "cpu"))
+    small = {row for row, options in recipe.variants.items() if options.get("weights") == "int8"}
+    assert set(found.left_out) == small
+    assert not set(found.left_out) & set(found.recipe.variants)
+    read_settings(found.recipe, systems(found))

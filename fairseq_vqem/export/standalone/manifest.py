@@ -134,8 +134,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         oldest = " and ".join(map(str, VERSIONS_WITHOUT_CODES))
         raise StandaloneError(
             f"{folder} has format {manifest.get('format')} {manifest.get('version')}, but this"
-            f" program reads {FORMAT} {FORMAT_VERSION}, {earlier}, and {oldest} without latents;"
-            " use the standalone program in that folder or export again."
+            f" program reads {FORMAT} {FORMAT_VERSION}, {earlier}, and {oldest} without latents"
+            " (3 without a teacher as well); use the standalone program in that folder or export"
+            " again."
         )
     for name, expected in manifest["parts"].items():
         if not (folder / name).is_file():

@@ -174,7 +174,7 @@ class StandaloneTranslator:
     def _read_vertices(self, source: Mapping[str, NDArray[Any]]) -> list[list[int]]:
         """The sentence of each graph, or the one that the teacher prefers."""
         found = self.graphs["decode"](source)
-        counts = found["frames"]
+        counts = found["vertices"]
         if self.options.frame_beam == 1:
             ends = zip(found["following"].tolist(), (counts - 1).tolist(), strict=True)
             paths = [[path_of(successors, end)] for successors, end in ends]
