@@ -118,7 +118,7 @@ def pytest_runtest_teardown() -> None:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("int8") and not has_integer_products():
-        pytest.skip("int8 weights need a processor with VNNI and the extra [export]")
+        pytest.skip("int8 weights need exact products and the extra [export]")
 
 
 @pytest.fixture(scope="module")

@@ -267,7 +267,7 @@ def _run(arguments: argparse.Namespace) -> int:
     )
     workload = read_workload(arguments.data, arguments.sentences)
     if exported_weights() == ("float32",):
-        print("no exports with int8 weights: this processor lacks VNNI", flush=True)
+        print("no exports with int8 weights: their products are inexact here", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         data = widen_vocabulary(arguments.data, arguments.vocabulary, Path(folder) / "data")
         make = partial(make_contenders, sizes, data, Path(folder), arguments.seed)

@@ -111,7 +111,7 @@ def test_exports_that_the_processor_cannot_have(monkeypatch: pytest.MonkeyPatch)
     assert exported_weights() == ("float32", "int8")
 
     def refuse(*_: str) -> None:
-        raise UnfitMachine("lacks VNNI")
+        raise UnfitMachine("inexact")
 
     monkeypatch.setattr(contenders, "check_engine", refuse)
     assert exported_weights() == ("float32",)

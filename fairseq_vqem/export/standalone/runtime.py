@@ -32,6 +32,8 @@ class Graph:
         options.log_severity_level = 3
         # the threads of one graph must not spin while another graph computes
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        # without VNNI the faster products of eight-bit integers cut off their sums
+        options.add_session_config_entry("session.x64quantprecision", "1")
         try:
             self._session = runtime.InferenceSession(
                 str(path), options, providers=["CPUExecutionProvider"]
@@ -53,13 +55,14 @@ class Graph:
 def check_integer_products(probe: Graph) -> None:
     """Raise StandaloneError where products of the largest integers overflow.
 
-    onnxruntime adds them in 16 bits on processors without VNNI, and silently cuts off the sums.
+    onnxruntime adds them in 16 bits on processors without VNNI, and silently cuts off the sums,
+    unless it is told not to, as `Graph` does.
     """
     product = probe({"x": np.full((4, PROBE_SIZE), PROBE_VALUE, np.uint8)})["y"]
     if not (product == PROBE_SIZE * PROBE_VALUE * PROBE_WEIGHT).all():
         raise StandaloneError(
-            "This processor cannot multiply eight-bit integers exactly (it lacks VNNI); export"
-            " with --weights float32 for it."
+            "This onnxruntime does not multiply eight-bit integers exactly on this processor;"
+            " install a newer one, or export with --weights float32."
         )
 
 
