@@ -100,14 +100,14 @@ def fits(counts: Tensor, vertices: Tensor) -> Tensor:
 def log_likelihood(edges: Tensor, scores: Tensor, counts: Tensor, vertices: Tensor) -> Tensor:
     """Log-probability ``[B]`` of each sentence over all of its paths (equations 4 and 5).
 
+    A path that is e^87 times less probable than the best one of as many words is lost, even if it
+    would be the better one in the end.
+
     Args:
         edges: ``[B, L, L]``, see `Edges`.
         scores: ``[B, L, W]``, see `word_scores`.
         counts: how many of the words are a sentence's, ``[B]``.
         vertices: ``[B, L]``.
-
-    A path that is e^87 times less probable than the best one of as many words is lost, even if it
-    would be the better one in the end.
 
     Returns:
         Arbitrary where the words do not fit, see `fits`.
