@@ -36,7 +36,11 @@ from fairseq_vqem.compat.messages import (
     silence_known_warnings,
 )
 from fairseq_vqem.compat.patching import original
-from fairseq_vqem.compat.precision import keep_exact_parameters, unscale_once
+from fairseq_vqem.compat.precision import (
+    forget_scale_of_bf16,
+    keep_exact_parameters,
+    unscale_once,
+)
 from fairseq_vqem.compat.processes import enable_cpu_data_parallel, enable_torchrun
 from fairseq_vqem.compat.text import merge_large_files, segment_one_kind_of_space
 from fairseq_vqem.compat.updates import (
@@ -59,6 +63,7 @@ __all__ = [
     "enable_torchrun",
     "end_loader_workers_at_once",
     "explain_bad_checkpoints",
+    "forget_scale_of_bf16",
     "honour_sacrebleu_flag",
     "install_error_hook",
     "keep_bf16_off_tpu",
@@ -101,6 +106,7 @@ def apply() -> None:
     mend_averages()
     average_with_versions()
     unscale_once()
+    forget_scale_of_bf16()
     keep_exact_parameters()
     mend_rerank()
     synchronise_generation_timer()

@@ -67,6 +67,25 @@ def keep_exact_parameters() -> None:
     patch(_FP16OptimizerMixin, "load_state_dict", build_load)
 
 
+def forget_scale_of_bf16() -> None:
+    """With bf16 and an optimiser that scales in its step every update would scale by all before.
+
+    apex's FusedAdam is such a one. fairseq multiplies the factors of gradients (clipping, the mean
+    over tokens) into one that such a step divides by, and begins anew only where there is a loss
+    scale: with bf16 there is none. (Its memory-efficient optimiser begins anew.)
+    """
+
+    def build(zero_grad: Callable[..., None]) -> Callable[..., None]:
+        def begin_anew(self: Any) -> None:
+            zero_grad(self)
+            if self.scaler is None:
+                self._multiply_factor = 1.0
+
+        return begin_anew
+
+    patch(_FP16OptimizerMixin, "zero_grad", build)
+
+
 def _parameters(optimizer: Any) -> list[Tensor]:
     """One flat tensor for each device, or a tensor for each parameter."""
     found = optimizer.fp32_params

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import re
 import tempfile
@@ -22,6 +23,7 @@ SUBWORD_NMT = "subword-nmt"
 KINDS = (SENTENCEPIECE, SUBWORD_NMT)
 
 MAX_TRAINING_LINES = 2_000_000
+LINES_AT_ONCE = 20_000
 # SentencePiece sums expected counts per thread, so another number of threads gives another model.
 TRAINING_THREADS = 2
 RANDOM_SEED = 1
@@ -109,6 +111,12 @@ class SentencePieceModel(SubwordModel):
 
     def encode(self, line: str) -> str:
         return " ".join(self._processor.encode(" ".join(line.split()), out_type=str))
+
+    def encode_lines(self, lines: Iterable[str]) -> Iterator[str]:
+        """As `encode`, on all processors."""
+        texts = (" ".join(line.split()) for line in lines)
+        while chunk := list(itertools.islice(texts, LINES_AT_ONCE)):
+            yield from map(" ".join, self._processor.encode(chunk, out_type=str, num_threads=-1))
 
     def decode(self, pieces: str) -> str:
         # The same rule as fairseq's `--post-process sentencepiece`.

@@ -102,7 +102,7 @@ def frames_to_show(
     among all; none where the target does not fit.
     """
     frame_counts = frames.sum(1)
-    aligned = best_alignment(logits.float(), frame_counts, words, counts, blank)
+    aligned = best_alignment(logits, frame_counts, words, counts, blank)
     wrong = (logits.argmax(-1).ne(aligned) & frames).sum(1)
     fits = frames_needed(words, counts) <= frame_counts
     return aligned, random_choice(frames, (wrong * ratio).long() * fits)
@@ -182,7 +182,7 @@ def best_alignment(
     states[:, 1::2] = words
     states = torch.cat([states, states.new_full((states.size(0), 1), blank)], 1)  # [B, 2L+1]
     index = states.unsqueeze(1).expand(-1, logits.size(1), -1)
-    scores = logits.gather(2, index)  # [B, T, 2L+1]
+    scores = logits.gather(2, index).float()  # [B, T, 2L+1]
     skips = torch.zeros_like(states, dtype=torch.bool)
     skips[:, 3::2] = states[:, 3::2].ne(states[:, 1:-2:2])
     last, steps = _forward(scores, frame_counts, skips)

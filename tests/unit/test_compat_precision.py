@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -122,3 +122,25 @@ def test_half_precision_goes_on_from_the_exact_parameters(flat: bool) -> None:
     assert torch.equal(exact_values(broken), exact_values(unbroken))
     for mine, own in zip(other, one, strict=True):
         assert torch.equal(mine, own)
+
+
+class ScalingInItsStep(torch.optim.SGD):
+    """As apex's FusedAdam, which divides the gradients by ``scale``."""
+
+    supports_step_with_scale = True
+    scales: ClassVar[list[float]] = []
+
+    def step(self, closure: Any = None, scale: float = 1.0) -> None:
+        self.scales.append(float(scale))
+
+
+def test_an_update_in_bf16_is_scaled_by_its_own_factors_alone() -> None:
+    parameters = [torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))]
+    optimizer = half_of(parameters, False)
+    optimizer.fp32_optimizer._optimizer = ScalingInItsStep(optimizer.fp32_params, lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        optimizer.backward(parameters[0].sum())
+        optimizer.multiply_grads(0.125)
+        optimizer.step()
+    assert ScalingInItsStep.scales == [8.0] * 3

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fairseq_vqem.corpora import subwords
 from fairseq_vqem.corpora.sample import load_sample
 from fairseq_vqem.corpora.subwords import (
     KINDS,
@@ -50,6 +51,17 @@ def test_round_trip(models: Models, text: list[Path], kind: str) -> None:
         assert models[kind].decode(pieces) == line
         assert pieces.split() == ([] if not line else pieces.split(" "))
     assert models[kind].encode("") == ""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("at_once", [7, 10_000])
+def test_lines_together_are_lines_alone(
+    models: Models, text: list[Path], kind: str, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subwords, "LINES_AT_ONCE", at_once)
+    lines = ["", *text[1].read_text(encoding="utf-8").split("\n")[:200], "  two  words ", ""]
+    assert list(models[kind].encode_lines(lines)) == [models[kind].encode(line) for line in lines]
+    assert list(models[kind].encode_lines([])) == []
 
 
 @pytest.mark.parametrize("kind", KINDS)
