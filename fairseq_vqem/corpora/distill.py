@@ -9,9 +9,10 @@ Everything under `--out` is renamed into place, so a killed run continues with t
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -101,18 +102,17 @@ def distill(
     records, found = _taught(teaching, count)
     cut = [record is not None and not _ends(teaching, record) for record in records]
     records = [None if is_cut else record for record, is_cut in zip(records, cut, strict=True)]
-    languages_of = languages(teaching.data)
-    sources, references = (list(read_lines(text / f"train.{lang}")) for lang in languages_of)
-    targets = _write_text(teaching, sources, references, records, taught)
+    written = _write_text(teaching, text, records, taught)
+    del records  # tens of millions would be in the way of what follows
     _binarise(teaching, text)
     report = DistillReport(
-        sentences=len(sources),
-        kept_references=sum(record is None for record in records),
-        empty_outputs=sum(not target for target in targets),
-        copies_of_source=sum(s == t for s, t in zip(sources, targets, strict=True)),
+        sentences=count,
+        kept_references=written.kept_references,
+        empty_outputs=written.empty_outputs,
+        copies_of_source=written.copies_of_source,
         outputs_at_max_length=sum(cut),
-        length_ratio=sum(map(len, targets)) / max(1, sum(map(len, references))),
-        bleu_against_reference=_bleu(targets, references, languages_of[1]),
+        length_ratio=written.target_characters / max(1, written.reference_characters),
+        bleu_against_reference=_bleu(written.sample, languages(teaching.data)[1]),
         seconds=time.monotonic() - started,
         shards_found=found,
         more_source=count_and_checksum(further)[1] if further else None,
@@ -152,9 +152,9 @@ def _ends(teaching: Teaching, record: str) -> bool:
     return len(record.split()) < teaching.max_length
 
 
-def _bleu(targets: Sequence[str], references: Sequence[str], language: str) -> float:
-    step = max(1, -(-len(references) // SCORED))
-    return score(targets[::step], references[::step], language=language, bootstrap=0).bleu
+def _bleu(sample: Sequence[tuple[str, str]], language: str) -> float:
+    targets, references = ([pair[side] for pair in sample] for side in range(2))
+    return score(targets, references, language=language, bootstrap=0).bleu
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -314,35 +314,69 @@ def _check_text(teaching: Teaching, folder: Path) -> None:
                 )
 
 
+@dataclass
+class _Written:
+    """What is counted while targets are written, one by one: there may be tens of millions."""
+
+    sample_every: int
+    kept_references: int = 0
+    empty_outputs: int = 0
+    copies_of_source: int = 0
+    target_characters: int = 0
+    reference_characters: int = 0
+    sample: list[tuple[str, str]] = field(default_factory=list)
+    """Targets and references."""
+    sentences: int = 0
+
+    @classmethod
+    def of(cls, sentences: int) -> _Written:
+        """With a sample of at most `SCORED` of so many ``sentences``."""
+        return cls(max(1, -(-sentences // SCORED)))
+
+    def count(self, source: str, reference: str, target: str, kept: bool) -> None:
+        if self.sentences % self.sample_every == 0:
+            self.sample.append((target, reference))
+        self.sentences += 1
+        self.kept_references += kept
+        self.empty_outputs += not target
+        self.copies_of_source += target == source
+        self.target_characters += len(target)
+        self.reference_characters += len(reference)
+
+
 def _write_text(
-    teaching: Teaching,
-    sources: Sequence[str],
-    references: Sequence[str],
-    records: Sequence[str | None],
-    more: Sequence[tuple[str, str]],
-) -> list[str]:
-    """Write both sides of the distilled train split as text, and the pieces; return the targets.
+    teaching: Teaching, text: Path, records: Sequence[str | None], more: Sequence[tuple[str, str]]
+) -> _Written:
+    """Write both sides of the distilled train split as text, and the pieces.
 
     Args:
+        text: the folder of the original text.
         more: further sentences and their pieces, which come behind.
     """
     source_lang, target_lang = languages(teaching.data)
-    subwords = load_subwords(teaching.data)
-    targets = [
-        reference if record is None else subwords.decode(record)
-        for reference, record in zip(references, records, strict=True)
-    ]
-    folder = teaching.out / "text"
-    decoded = (subwords.decode(record) for _, record in more)
-    write_lines(folder / f"train.{source_lang}", [*sources, *(sentence for sentence, _ in more)])
-    write_lines(folder / f"train.{target_lang}", [*targets, *decoded])
+    sources, references = text / f"train.{source_lang}", text / f"train.{target_lang}"
+    subwords, folder = load_subwords(teaching.data), teaching.out / "text"
+    written = _Written.of(len(records))
+
+    def targets() -> Iterator[str]:
+        lines = zip(read_lines(sources), read_lines(references), records, strict=True)
+        for source, reference, record in lines:
+            target = reference if record is None else subwords.decode(record)
+            written.count(source, reference, target, record is None)
+            yield target
+
     pieces = (
         subwords.encode(reference) if record is None else record
-        for reference, record in zip(references, records, strict=True)
+        for reference, record in zip(read_lines(references), records, strict=True)
     )
-    behind = (record for _, record in more)
-    write_lines(folder / f"train.pieces.{target_lang}", [*pieces, *behind])
-    return targets
+    behind = [record for _, record in more]
+    for name, own, further in (
+        (source_lang, read_lines(sources), (sentence for sentence, _ in more)),
+        (target_lang, targets(), map(subwords.decode, behind)),
+        (f"pieces.{target_lang}", pieces, behind),
+    ):
+        write_lines(folder / f"train.{name}", itertools.chain(own, further))
+    return written
 
 
 def _binarise(teaching: Teaching, text: Path) -> None:

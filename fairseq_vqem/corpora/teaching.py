@@ -143,18 +143,23 @@ def merged_shards(teaching: Teaching, count: int) -> list[str | None]:
     Raises:
         UserError: a shard is damaged, or the shards are not those of ``count`` sentences.
     """
-    found: dict[int, str | None] = {}
+    found: list[str | None] = [None] * count
+    seen = np.zeros(count, bool)
+    held = 0
     for shard in range(teaching.shards):
         for index, pieces in _read_shard(teaching.shard_file(shard)):
-            if index in found:
+            held += 1
+            if not 0 <= index < count:
+                continue
+            if seen[index]:
                 raise UserError(f"Sentence {index} is in two shards; delete {teaching.out}/shards.")
-            found[index] = pieces
-    if sorted(found) != list(range(count)):
+            found[index], seen[index] = pieces, True
+    if held != count or not seen.all():
         raise UserError(
-            f"The shards hold {len(found)} sentences, not the {count} of the train split; "
+            f"The shards hold {held} sentences, not the {count} of the train split; "
             f"delete {teaching.out}/shards and start again."
         )
-    return [found[index] for index in range(count)]
+    return found
 
 
 def _read_shard(path: Path) -> list[tuple[int, str | None]]:
