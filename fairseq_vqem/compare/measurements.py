@@ -62,6 +62,8 @@ def translate_rows(
     for name, system in systems.items():
         path = run.out / KEPT / f"{file_name(name)}.json"
         identity = {**system.identity(), "batch_size": settings.decode_batch_size}
+        if name in settings.sampled:
+            identity["seed"] = run.recipe.seed
         kept = read_json(path) if path.is_file() else {}
         if kept.get("system") != identity:
             print(f"translating the test set: {name}", flush=True)
@@ -100,9 +102,15 @@ def time_rows(
     if kept.get("of") != wanted:
         kept = {"of": wanted, **_time_sentences(run, systems, sources, threads)}
         write_json(path, kept)
+    batches = {
+        "sentences": settings.throughput_sentences,
+        "repeats": settings.throughput_repeats,
+    }
+    if kept.get("batches") != batches:
+        kept |= {"batches": batches, "throughput": {}}
     sample = choose_evenly(sources, settings.throughput_sentences)
     kept["throughput_sentences"] = len(sample)
-    throughput = kept.setdefault("throughput", {})
+    throughput = kept["throughput"]
     load = loaders(run, systems)
     with _processes(run, systems) as processes:
         for size in settings.batch_sizes:
@@ -131,10 +139,9 @@ def _conditions(
         {
             "systems": {name: system.identity() for name, system in systems.items()},
             "latency": run.recipe.latency,
-            "throughput_sentences": settings.throughput_sentences,
-            "throughput_repeats": settings.throughput_repeats,
             "device": device_name(run.device),
             "threads": threads,
+            **({"seed": run.recipe.seed} if settings.sampled else {}),
         }
     )
     return found

@@ -121,13 +121,44 @@ def test_timings_of_other_conditions_are_made_again(
         (run, SETTINGS, 1),
         (run, SETTINGS, 2),
         (other, SETTINGS, 2),
-        (other, replace(SETTINGS, throughput_repeats=3), 2),
-        (other, replace(SETTINGS, throughput_repeats=3, throughput_sentences=4), 2),
+        (other, replace(SETTINGS, sampled=["a"]), 2),
+        (replace(other, recipe=replace(other.recipe, seed=2)), replace(SETTINGS, sampled=["a"]), 2),
     ):
         before = len(made)
         for _ in range(2):
             measurements.time_rows(each, systems, SOURCES, settings, threads)
         assert len(made) == before + 1
+
+
+def test_other_batches_leave_the_latencies_alone(
+    run: Run, systems: dict[str, System], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+    monkeypatch.setattr(measurements, "_time_sentences", lambda *_: made.append("sentences") or {})
+    monkeypatch.setattr(measurements, "time_best_batches", lambda *_: made.append("batch") or 1.0)
+    few = replace(SETTINGS, batch_sizes=[4], throughput_repeats=1)
+    for settings, wanted in (
+        (few, ["sentences", "batch", "batch"]),
+        (few, []),
+        (replace(few, batch_sizes=[4, 8]), ["batch"] * 2),
+        (replace(few, throughput_repeats=2), ["batch"] * 4),
+        (replace(few, throughput_repeats=2, throughput_sentences=4), ["batch"] * 4),
+    ):
+        made.clear()
+        measurements.time_rows(run, systems, SOURCES, settings, 1)
+        assert made == wanted
+
+
+def test_translations_that_are_sampled_depend_on_the_seed(
+    run: Run, systems: dict[str, System], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[str] = []
+    load_by(monkeypatch, lambda name: Upper(loaded, name))
+    settings = replace(SETTINGS, sampled=["b"])
+    for seed in (1, 1, 2):
+        seeded = replace(run, recipe=replace(run.recipe, seed=seed))
+        measurements.translate_rows(seeded, systems, SOURCES, settings, 1)
+    assert loaded == ["a", "b", "b"]
 
 
 def test_translations_are_kept_with_their_parameters(
