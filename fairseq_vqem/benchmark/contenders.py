@@ -39,8 +39,11 @@ class Sizes:
 class Contender(Protocol):
     """A system whose output length is prescribed."""
 
-    parameters: int
     workers: int
+
+    @property
+    def parameters(self) -> int | None:
+        """See `Engine`."""
 
     def prepare(self, sentences: Sequence[str], length: int) -> Callable[[], object]:
         """A call that translates the batch, every sentence into ``length`` subwords."""

@@ -60,7 +60,7 @@ Rates = dict[tuple[int, int], dict[str, float]]
 class Timings:
     """What was measured of each system."""
 
-    facts: Mapping[str, tuple[int, int, int]]
+    facts: Mapping[str, tuple[int, int, int | None]]
     """Threads, workers and parameters."""
     seconds: Mapping[str, Seconds]
     rates: Rates
@@ -145,7 +145,7 @@ class TimedContender(TimedCalls[Contender]):
         self.workload = workload
         self.calls = self.prepare(self.made)
 
-    def facts(self) -> tuple[int, int, int]:
+    def facts(self) -> tuple[int, int, int | None]:
         """Threads, workers and parameters."""
         return self.threads, self.made.workers, self.made.parameters
 

@@ -16,9 +16,12 @@ from fairseq_vqem.errors import UserError, beginning
 class Engine(Protocol):
     """A system that reads sources only: no reference ever reaches it."""
 
-    parameters: int
     workers: int
     """Batches that it translates at a time, in as many threads that call it."""
+
+    @property
+    def parameters(self) -> int | None:
+        """How many it has; None where that is not known."""
 
     def encode(self, sentences: Sequence[str]) -> Any:
         """A batch as `translate` takes it; subword segmentation and collation happen here."""

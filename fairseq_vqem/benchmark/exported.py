@@ -19,9 +19,10 @@ class ExportedEngine:
 
     Args:
         checkpoint: one ``vqem_transformer``, ``ctc_nat`` or ``dag_nat``; with ``rescore: teacher``
-            or ``iter_decode_with_external_reranker`` followed by a colon and the teacher.
-        options: ``weights`` (float32 or int8) and decoding options of the task; ``workers``
-            share the threads.
+            or ``iter_decode_with_external_reranker`` followed by a colon and the teacher. Or the
+            folder of an export.
+        options: ``weights`` (float32 or int8) and decoding options of the task, of which an export
+            has its own; ``workers`` share the threads.
 
     Raises:
         UserError: the student cannot be exported, or a package is missing.
@@ -34,13 +35,24 @@ class ExportedEngine:
         options: Mapping[str, Any],
         threads: int = 1,
     ) -> None:
-        from fairseq_vqem.generation.api import Translator
-
         task_options = dict(options)
-        weights = task_options.pop("weights", "float32")
         self.workers = positive(task_options, "workers", 1)
-        each = [Translator.from_checkpoint(part, data) for part in checkpoint.split(":")]
-        self.parameters = sum(translator.parameters for translator in each)
+        if Path(checkpoint).is_dir():
+            check_of_export(task_options)
+            artefact = Path(checkpoint)
+        else:
+            artefact = self._make(checkpoint, data, task_options)
+        try:
+            self.translator = StandaloneTranslator(
+                artefact, max(1, threads // self.workers), max_tokens=sys.maxsize
+            )
+        except StandaloneError as error:
+            raise UserError(str(error)) from error
+        self.parameters = self.translator.parameters
+
+    def _make(self, checkpoint: str, data: Path, task_options: dict[str, Any]) -> Path:
+        """The export, in a folder that lives as long as this engine."""
+        weights = task_options.pop("weights", "float32")
         # The runtime may read the weights whenever it likes: the folder lives as long as this does.
         self._folder = tempfile.TemporaryDirectory()
         artefact = Path(self._folder.name) / "model"
@@ -62,12 +74,7 @@ class ExportedEngine:
             frame_beam=frame_beam,
             task_overrides=task_options,
         )
-        try:
-            self.translator = StandaloneTranslator(
-                artefact, max(1, threads // self.workers), max_tokens=sys.maxsize
-            )
-        except StandaloneError as error:
-            raise UserError(str(error)) from error
+        return artefact
 
     def encode(self, sentences: Sequence[str]) -> Any:
         try:
@@ -81,3 +88,13 @@ class ExportedEngine:
 
     def text(self, output: Any) -> str:
         return self.translator.decode(output)
+
+
+def check_of_export(options: Mapping[str, Any]) -> None:
+    """Raise ``UserError`` for options that an export has decided already."""
+    decided = sorted(set(options) - {"engine", "workers"})
+    if decided:
+        raise UserError(
+            f"an export decodes as it was made: leave out {', '.join(decided)}, or give its"
+            " checkpoint"
+        )

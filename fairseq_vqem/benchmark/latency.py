@@ -16,6 +16,7 @@ from typing import Any
 
 from fairseq_vqem.benchmark.engine_kinds import check_engine, check_options, engine_versions
 from fairseq_vqem.benchmark.engines import Engine, load_engine
+from fairseq_vqem.benchmark.exported import check_of_export
 from fairseq_vqem.benchmark.processes import Processes
 from fairseq_vqem.benchmark.signature import Signature, make_signature
 from fairseq_vqem.benchmark.tables import (
@@ -63,7 +64,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="NAME=JSON",
         help="""its generation and task options, e.g. 'teacher={"beam": 4}' or
         'student={"latent_beam": 2}'; "engine": "ctranslate2" (with "compute_type") or "exported"
-        chooses another engine""",
+        (a checkpoint, or the folder of an export) chooses another engine""",
     )
     parser.add_argument("--baseline", required=True, metavar="NAME", help="speed-ups refer to it")
     parser.add_argument("--source", type=Path, help="raw sentences (default: the test split)")
@@ -120,7 +121,7 @@ def choose_evenly(sentences: Sequence[str], count: int) -> list[str]:
 def result_rows(
     seconds: Mapping[str, Seconds],
     baseline: str,
-    parameters: Mapping[str, int],
+    parameters: Mapping[str, int | None],
     threads: Mapping[str, int],
     *,
     seed: int,
@@ -255,7 +256,10 @@ def _check_arguments(
         try:
             engine = str(options.get("engine", "fairseq"))
             check_engine(engine, arguments.device, str(options.get("weights", "float32")))
-            check_options(options, task_of(checkpoints), arguments.device)
+            if engine == "exported" and Path(checkpoints).is_dir():
+                check_of_export(options)
+            else:
+                check_options(options, task_of(checkpoints), arguments.device)
         except UserError as error:
             raise UserError(f"{name!r}: {error}") from error
 

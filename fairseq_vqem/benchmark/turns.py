@@ -36,7 +36,7 @@ class EngineTimings:
     translations: dict[str, list[str]]
     """What was timed, to be compared with what is scored."""
     threads: dict[str, int]
-    parameters: dict[str, int]
+    parameters: dict[str, int | None]
 
 
 def process_groups(options: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
@@ -186,7 +186,7 @@ class TimedEngine(TimedCalls[Engine]):
         """The last translation of every sentence."""
         return [self.made.text(self.outputs[place][0]) for place in range(len(self.sentences))]
 
-    def facts(self) -> tuple[int, int]:
+    def facts(self) -> tuple[int, int | None]:
         """Threads and parameters."""
         return self.threads, self.made.parameters
 

@@ -153,6 +153,9 @@ def write_manifest(
         "made_by": f"fairseq_vqem {fairseq_vqem.__version__}",
         "made_with": {each.__name__: each.__version__ for each in (onnx, onnxruntime)},
         "weights": weights,
+        "parameters": sum(
+            each.numel() for model in translator.models for each in model.parameters()
+        ),
         "decoding": asdict(options),
         "dictionaries": DICTIONARIES,
         "subwords": {"kind": translator.subwords.kind, "file": translator.subwords.file_name},

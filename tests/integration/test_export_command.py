@@ -303,7 +303,7 @@ def test_refusals(
         return capsys.readouterr().err
 
     assert f"{artefact} exists already" in message(out=artefact)
-    assert "Only vqem_transformer and ctc_nat models can be exported" in message(checkpoint=teacher)
+    assert "Only vqem_transformer, ctc_nat and dag_nat models can be" in message(checkpoint=teacher)
     assert "does not exist" in message(checkpoint=tmp_path / "none.pt")
     assert "--latent-length source" in message("--stop-at-pad-latent")
     assert "A latent beam of 99 is impossible" in message("--latent-beam", 99)

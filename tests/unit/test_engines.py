@@ -233,6 +233,15 @@ def test_the_exported_student_translates_as_fairseq_does(tmp_path: Path) -> None
         load_engine(student, data, {"engine": "exported", "rescore": "latent"})
     with pytest.raises(UserError, match="CPU only"):
         load_engine(student, data, {"engine": "exported"}, device="cuda")
+    folder = str(tmp_path / "ready")
+    export(Path(student), data, Path(folder), task_overrides={"remove_repeats": True})
+    ready = load_engine(folder, data, {"engine": "exported", "workers": 2})
+    assert translate_all(ready, SOURCES, 8) == expected
+    assert (ready.parameters, ready.workers) == (reference.parameters, 2)
+    with pytest.raises(UserError, match="as it was made: leave out remove_repeats"):
+        load_engine(folder, data, {"engine": "exported", "remove_repeats": True})
+    with pytest.raises(UserError, match="is no exported model"):
+        load_engine(str(tmp_path), data, {"engine": "exported"})
 
 
 def translate_in_parts(checkpoint: str, data: Path, options: dict[str, Any]) -> list[str]:

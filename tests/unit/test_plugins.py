@@ -210,7 +210,7 @@ def test_only_engines_that_know_a_model_take_it(
 
 def test_another_models_pass_is_not_exported(split_ctc: Any, tiny: Any) -> None:
     translator: Any = type("Translator", (), {"models": [make_split(split_ctc)], "generator": None})
-    with pytest.raises(UserError, match="Only vqem_transformer and ctc_nat"):
+    with pytest.raises(UserError, match="Only vqem_transformer, ctc_nat and dag_nat"):
         decoding_options(translator)
 
     class Own(VQEMTransformer):

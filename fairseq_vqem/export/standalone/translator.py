@@ -59,6 +59,7 @@ class StandaloneTranslator:
         beam = {} if latent_beam is None else {"latent_beam": latent_beam}
         self.options = Options(**{**manifest["decoding"], **beam})
         self.max_tokens = max_tokens
+        self.parameters: int | None = manifest.get("parameters")  # earlier exports do not say
         self.subwords = Subwords(
             manifest["subwords"]["kind"], folder / manifest["subwords"]["file"]
         )
