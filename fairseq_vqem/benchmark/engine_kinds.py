@@ -74,7 +74,7 @@ def check_engine(name: str, device: str, weights: str = "float32") -> None:
 
     Args:
         device: where it is to run.
-        weights: of an exported student; ``int8`` needs a processor that multiplies exactly.
+        weights: of an exported student; ``int8`` needs exact products of integers.
     """
     kind = engine_kind(name)
     if name == "exported" and device != "cpu":

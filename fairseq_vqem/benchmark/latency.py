@@ -258,6 +258,11 @@ def _check_arguments(
             check_engine(engine, arguments.device, str(options.get("weights", "float32")))
             if engine == "exported" and Path(checkpoints).is_dir():
                 check_of_export(options)
+            elif Path(checkpoints).is_dir():
+                raise UserError(
+                    f'{checkpoints} is a folder: give a checkpoint, or, for an export, "engine":'
+                    ' "exported" among its options'
+                )
             else:
                 check_options(options, task_of(checkpoints), arguments.device)
         except UserError as error:

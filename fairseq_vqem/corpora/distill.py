@@ -91,6 +91,8 @@ def distill(
     started = time.monotonic()
     _check(teaching)
     text = text or _decoded_text(teaching)
+    if text.resolve() == (teaching.out / "text").resolve():
+        raise UserError(f"--text {text} is where the distilled text goes: give another --out.")
     _check_text(teaching, text)
     check_plan(teaching)
     more = more_source(teaching, further, text) if further else None

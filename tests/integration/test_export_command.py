@@ -213,6 +213,25 @@ def test_damage_is_noticed(artefact: Path, tmp_path: Path) -> None:
         StandaloneTranslator(tmp_path / "nowhere")
 
 
+def test_latency_of_an_export(
+    workshop: Workshop, artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "source.txt"
+    source.write_text("Open the file.\nClose it.\n", encoding="utf-8")
+    words = ["latency", "--data", workshop.data, "--source", source, "--system", f"it={artefact}"]
+    words += ["--baseline", "it", "--repeats", 1, "--burn-in", 1, "--threads", 1]
+
+    def run(options: str) -> int:
+        return main([*map(str, words), "--system-options", f"it={options}"])
+
+    assert run('{"engine": "exported"}') == 0
+    assert "| it |" in capsys.readouterr().out
+    assert run('{"engine": "exported", "latent_beam": 3}') == 1
+    assert "leave out latent_beam" in capsys.readouterr().err
+    assert run("{}") == 1
+    assert '"engine": "exported" among its options' in capsys.readouterr().err
+
+
 def change_manifest(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
     del manifest["checksum"]

@@ -343,6 +343,8 @@ def test_mistakes_are_user_errors(whole: Teaching, tmp_path: Path) -> None:
         distill(replace(whole, beam=5, shards=3))
     with pytest.raises(UserError, match="must not be --data"):
         distill(replace(whole, out=whole.data))
+    with pytest.raises(UserError, match="where the distilled text goes"):
+        distill(whole, whole.out / "text")
     with pytest.raises(UserError, match="does not exist"):
         distill(replace(whole, teacher="nobody.pt"))
     for split, pairs in SPLITS.items():

@@ -62,7 +62,7 @@ def check_integer_products(probe: Graph) -> None:
     if not (product == PROBE_SIZE * PROBE_VALUE * PROBE_WEIGHT).all():
         raise StandaloneError(
             "This onnxruntime does not multiply eight-bit integers exactly on this processor;"
-            " install a newer one, or export with --weights float32."
+            " export with --weights float32 for it."
         )
 
 
