@@ -95,7 +95,10 @@ class DAGGraphs(ParallelGraphs):
         places = graph.op("Expand", graph.first(places, length), wide)
         both = graph.op("Concat", states, graph.reshape(places, -1, dimension), axis=1)
         weight, bias = stacked_projection([module.query, module.key, module.gate])
-        projected = graph.reshape(graph.linear(both, "edges", weight, bias), shape, weight.size(0))
+        # exactly, also where other products are of integers: one wrong edge leads the path astray
+        terms = graph.weight("edges.weight", weight), graph.weight("edges.bias", bias)
+        projected = graph.op("Gemm", both, *terms, transB=1)
+        projected = graph.reshape(projected, shape, weight.size(0))
         parts = np.array([dimension, dimension, heads])
         query, key, gate = graph.ops("Split", 3, projected, parts, axis=2)
         query = graph.op("Mul", query, np.float32(1 / math.sqrt(size)))
