@@ -77,7 +77,8 @@ class DAGGraphs(ParallelGraphs):
         never = filler.clone()
         never[[self.model.bos, self.model.pad, self.model.eos]] = float("-inf")
         scores = graph.op("Add", scores, graph.weight("decoder.never", never))
-        return self.largest(graph, scores, table.size(0))
+        words, tops = self.largest(graph, scores, table.size(0))
+        return words, graph.op("ReduceMax", tops, np.array([1]), keepdims=0)
 
     def edges(self, graph: GraphBuilder, states: str, mask: str) -> str:
         """``[B, T, T]`` as `modules.dag.Edges` has them, but very low instead of -inf.

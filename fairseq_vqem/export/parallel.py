@@ -167,7 +167,7 @@ class ParallelGraphs:
         return self.largest(graph, logits, table.size(0))[0]
 
     def largest(self, graph: GraphBuilder, logits: str, rows: int) -> tuple[str, str]:
-        """Dictionary ids ``[N]`` of the largest of ``logits`` ``[N, V']``, and these ``[N]``.
+        """Dictionary ids ``[N]`` of the largest of ``logits`` ``[N, V']``, and each block's largest.
 
         ONNX Runtime's ArgMax takes longer than a maximum and an ArgMax over blocks of words.
 
@@ -183,8 +183,7 @@ class ParallelGraphs:
         start = graph.op("Mul", graph.reshape(block, -1), np.int64(ARGMAX_BLOCK))
         word = graph.op("Add", graph.op("Add", word, start), np.int64(self.first_word))
         last = len(self.model.decoder.dictionary) - 1
-        top = graph.op("ReduceMax", tops, np.array([1]), keepdims=0)
-        return graph.op("Min", word, np.int64(last)), top
+        return graph.op("Min", word, np.int64(last)), tops
 
     # ------------------------------------------------------------------ tables
 
