@@ -167,7 +167,7 @@ class ParallelGraphs:
         return self.largest(graph, logits, table.size(0))[0]
 
     def largest(self, graph: GraphBuilder, logits: str, rows: int) -> tuple[str, str]:
-        """Dictionary ids ``[N]`` of the largest of ``logits`` ``[N, V']``, and each block's largest.
+        """Ids ``[N]`` of the largest of ``logits`` ``[N, V']``, and the largest of each block.
 
         ONNX Runtime's ArgMax takes longer than a maximum and an ArgMax over blocks of words.
 
