@@ -10,11 +10,12 @@ import pytest
 import torch
 
 pytest.importorskip("onnx", reason="needs pip install 'fairseq_vqem[export]'")
-onnxruntime = pytest.importorskip("onnxruntime", reason="needs pip install 'fairseq_vqem[export]'")
+pytest.importorskip("onnxruntime", reason="needs pip install 'fairseq_vqem[export]'")
 
-from fairseq_vqem.export import quantise  # noqa: E402
-from fairseq_vqem.export.layers import ExpanderLayers, transposed_as_product  # noqa: E402
-from fairseq_vqem.export.onnx_graph import WEIGHTS_FILE, GraphBuilder, WeightFile  # noqa: E402
+from fairseq_vqem.export import quantise
+from fairseq_vqem.export.layers import ExpanderLayers, transposed_as_product
+from fairseq_vqem.export.onnx_graph import WEIGHTS_FILE, GraphBuilder, WeightFile
+from fairseq_vqem.export.standalone.runtime import Graph
 
 
 def run_graph(folder: Path, quantised: bool, build: Any, **values: np.ndarray) -> Any:
@@ -31,8 +32,7 @@ def run_graph(folder: Path, quantised: bool, build: Any, **values: np.ndarray) -
     for output in model.graph.output:
         output.type.tensor_type.ClearField("shape")
     (folder / "test.onnx").write_bytes(model.SerializeToString())
-    session = onnxruntime.InferenceSession(folder / "test.onnx")
-    return session.run(None, values)
+    return list(Graph(folder / "test.onnx", 1)(values).values())
 
 
 def test_integers_are_the_nearest_and_zeros_stay_zero() -> None:
