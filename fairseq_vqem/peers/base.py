@@ -83,6 +83,12 @@ class PeerModel(FairseqEncoderDecoderModel):
         encoder_out: EncoderOut = self.encoder(*encoder_inputs)
         return encoder_out
 
+    def initialize_output_tokens(self, encoder_out: EncoderOut, src_tokens: Tensor) -> DecoderOut:
+        """An empty sentence: what is decoded comes from the encoder's output."""
+        tokens = src_tokens.new_tensor([[self.bos, self.eos]]).repeat(src_tokens.size(0), 1)
+        scores = torch.zeros_like(tokens, dtype=torch.float)
+        return DecoderOut(tokens, scores, None, 0, 0, None)
+
     def words_of(self, tokens: Tensor) -> Tensor:
         """True at words of ``tokens`` ``[B, S]``: neither padding nor a sentence's ends."""
         return tokens.ne(self.pad) & tokens.ne(self.bos) & tokens.ne(self.eos)

@@ -87,12 +87,6 @@ class DAGNAT(PeerModel):
 
     # ------------------------------------------------------------------ fairseq's NAT interface
 
-    def initialize_output_tokens(self, encoder_out: EncoderOut, src_tokens: Tensor) -> DecoderOut:
-        """An empty sentence: the vertices come from the encoder's output."""
-        tokens = src_tokens.new_tensor([[self.bos, self.eos]]).repeat(src_tokens.size(0), 1)
-        scores = torch.zeros_like(tokens, dtype=torch.float)
-        return DecoderOut(tokens, scores, None, 0, 0, None)
-
     def forward_decoder(
         self, decoder_out: DecoderOut, encoder_out: EncoderOut, **unused: Any
     ) -> DecoderOut:
