@@ -75,20 +75,19 @@ def _run(arguments: argparse.Namespace) -> int:
     kept = [pair for pair in pairs if not set(pair) & set(absent)]
     if kept and absent:  # rows that the machine of the report could not have
         print(f"not in {arguments.translations}, and left out: {', '.join(map(repr, absent))}")
-    missing = [REFERENCE] * (REFERENCE not in texts) + ([] if kept else absent)
-    pairs = kept
-    if missing:
+    if not kept or REFERENCE not in texts:
+        missing = absent[0] if REFERENCE in texts else REFERENCE
         raise UserError(
-            f"{arguments.translations} lacks {missing[0]!r}: give the translations of a report of"
+            f"{arguments.translations} lacks {missing!r}: give the translations of a report of"
             f" {arguments.recipe}"
         )
     known_languages = (recipe.prepare.get(name) for name in ("target_lang", "lang"))
     language = arguments.target_lang or next(filter(None, known_languages), "")
     references = texts[REFERENCE]
-    rows = pair_rows(pairs, texts, references, language)
+    rows = pair_rows(kept, texts, references, language)
     table = ResultTable(f"{recipe.name}-{PAIRS}", rows, ["system", *PAIR_COLUMNS])
     signature = make_signature(
-        seed=SEED, sacrebleu=score(texts[pairs[0][0]], references, language=language).signatures
+        seed=SEED, sacrebleu=score(texts[kept[0][0]], references, language=language).signatures
     )
     if arguments.output:
         checksum = file_sha256(arguments.translations)

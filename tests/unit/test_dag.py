@@ -113,7 +113,6 @@ def test_gradients_are_those_of_the_enumeration_and_finite(spread: float) -> Non
     found.sum().backward()
     assert edges.grad is not None and edges.grad.isfinite().all()
     assert logits.grad is not None and logits.grad.isfinite().all()
-    logs = torch.log_softmax(logits[0].detach(), -1)
     mine, by_hand = edges.grad[0], torch.zeros_like(edges[0])
     words = graph.words[0, : COUNTS[0]].tolist()
     paths = paths_of(graph, 0, COUNTS[0])
@@ -121,7 +120,6 @@ def test_gradients_are_those_of_the_enumeration_and_finite(spread: float) -> Non
     for share, path in zip(each.softmax(0), paths, strict=True):  # the posterior of each path
         for a, b in itertools.pairwise([0, *path, VERTICES[0] - 1]):
             by_hand[a, b] += share
-    assert logs.isfinite().all()
     if spread < 1:
         assert torch.allclose(mine, by_hand, atol=1e-4)
 

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from fairseq_vqem.benchmark.engine_kinds import UnfitMachine
+from fairseq_vqem.cli import main
 from fairseq_vqem.compare.settings import read_settings
+from fairseq_vqem.corpora.files import read_columns, write_columns
 from fairseq_vqem.errors import UserError
 from fairseq_vqem.pipeline import stages, unfit
 from fairseq_vqem.pipeline.recipe import Options, Recipe, read_recipe
@@ -139,3 +141,20 @@ def test_recipes_stay_whole(name: str) -> None:
     assert set(found.left_out) == small
     assert not set(found.left_out) & set(found.recipe.variants)
     read_settings(found.recipe, systems(found))
+
+
+def test_pairs_of_a_report_without_all_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = ROOT / "recipes" / "debian-en-fr"
+    columns = read_columns(folder / "results" / "dag-hypotheses.tsv.gz")
+    few = {name: lines[:20] for name, lines in columns.items() if name != "CTC, exported int8"}
+    write_columns(tmp_path / "some.tsv.gz", few)
+    words = ["pairs", str(folder / "dag.yaml"), "--translations", str(tmp_path / "some.tsv.gz")]
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert "and left out: 'CTC, exported int8'\n" in printed
+    assert "| DAG, exported int8 |" in printed and "| CTC, exported int8 |" not in printed
+    write_columns(tmp_path / "some.tsv.gz", {"source": few["source"]})
+    assert main(words) == 1
+    assert "lacks 'reference'" in capsys.readouterr().err
